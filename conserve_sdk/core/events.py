@@ -1,0 +1,410 @@
+"""What goes into `Broker.apply` and what comes out of it.
+
+Events carry everything that is not the core's to make: the instant (``now_ms``), new ids, observations. Decisions
+tell the shell what to answer and what to write; the shell adds HTTP, signatures, a journal and a clock, no rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.receipt import Receipt
+from conserve_sdk.core.units import (
+    EngineId,
+    Incarnation,
+    LeaseId,
+    ModelName,
+    Ms,
+    RequestId,
+    Tokens,
+    TransferGroup,
+)
+
+
+class Role(StrEnum):
+    """What an engine may be used for."""
+
+    PREFILLER = "prefiller"
+    DECODER = "decoder"
+    BOTH = "both"
+
+
+class EngineState(StrEnum):
+    """How the broker sees an engine. Only `READY` engines get new leases."""
+
+    UNKNOWN = "unknown"
+    """Configured, never observed."""
+    READY = "ready"
+    DRAINING = "draining"
+    SUSPECT = "suspect"
+    """Scrapes fail, but not for long enough to call it gone."""
+    GONE = "gone"
+    MISFIT = "misfit"
+    """Answers, but serves another model or block size than its configuration or transfer group."""
+
+
+class RefusalReason(StrEnum):
+    """Stable codes of a refused grant."""
+
+    NO_CAPACITY = "no_capacity"
+    NO_READY_ENGINE = "no_ready_engine"
+    UNKNOWN_MODEL = "unknown_model"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    QUEUE_FULL = "queue_full"
+    TOO_MANY_LEASES = "too_many_leases"
+
+
+class LeaseVerdict(StrEnum):
+    """What became of a renewal, report, park or release."""
+
+    OK = "ok"
+    UNKNOWN = "unknown"
+    """No live lease of that id (never granted here, released, or expired: no resurrection)."""
+    SUPERSEDED = "superseded"
+    ENGINE_LOST = "engine_lost"
+    """The lease's decoder restarted or is gone: the KV cache is lost, ask for a new lease."""
+
+
+class DropReason(StrEnum):
+    """Why a lease left the table."""
+
+    RELEASED = "released"
+    EXPIRED = "expired"
+    SUPERSEDED = "superseded"
+    ENGINE_RESTARTED = "engine_restarted"
+    ENGINE_REMOVED = "engine_removed"
+
+
+# ---- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """An engine as configured or registered.
+
+    Attributes:
+        transfer_group: engines of one group can move KV to each other; empty when it has no KV connector.
+        kv_capacity_tokens: overrides the scraped capacity when not 0.
+        block_size_tokens: expected KV block size, checked against the scrape when not 0.
+        max_model_len_tokens: longest prompt + output; scraped when 0.
+        max_hold_ms: the engine's own `kv_lease_duration`: how long it can hold a finished turn's blocks; 0: cannot.
+    """
+
+    engine_id: EngineId
+    url: str
+    role: Role
+    model: ModelName
+    transfer_group: TransferGroup = TransferGroup("")
+    kv_capacity_tokens: Tokens = Tokens(0)
+    block_size_tokens: Tokens = Tokens(0)
+    max_model_len_tokens: Tokens = Tokens(0)
+    max_hold_ms: Ms = Ms(0)
+    tier: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfigured:
+    """An engine was added or its configuration changed. Idempotent."""
+
+    now_ms: Ms
+    spec: EngineSpec
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRemoved:
+    """An engine left the configuration: its leases are dropped (`DropReason.ENGINE_REMOVED`)."""
+
+    now_ms: Ms
+    engine_id: EngineId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineObserved:
+    """A successful scrape of `/health`, `/v1/models` and `/metrics`.
+
+    Attributes:
+        incarnation: another value than last time means the engine restarted.
+        models: names it serves.
+        prefill_tokens_total: prompt tokens it computed itself since it started (monotonic counter).
+        prefill_busy_ms_total: time it spent on prefill since it started, as far as known (0: unknown).
+    """
+
+    now_ms: Ms
+    engine_id: EngineId
+    incarnation: Incarnation
+    models: tuple[ModelName, ...]
+    kv_capacity_tokens: Tokens
+    kv_used_tokens: Tokens
+    block_size_tokens: Tokens
+    max_model_len_tokens: Tokens
+    running: int
+    waiting: int
+    prefill_tokens_total: Tokens = Tokens(0)
+    prefill_busy_ms_total: Ms = Ms(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineUnreachable:
+    """A scrape failed, or clients reported the engine as failing."""
+
+    now_ms: Ms
+    engine_id: EngineId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDrained:
+    """Drain (`draining=True`) or undrain an engine: draining engines keep their leases but get no new one."""
+
+    now_ms: Ms
+    engine_id: EngineId
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequested:
+    """Grant me a lease. Idempotent on the key: a live lease of that key is answered as it is.
+
+    Attributes:
+        lease_id: id to use if a new lease is granted.
+        first_turn_input_tokens: exact count, or 0 when the client has none.
+        first_turn_input_bytes: size of the prompt's text; converted with the observed ratio when tokens are 0.
+        deadline_at_ms: until when the request may wait for admission; at or before `now_ms` means "do not wait".
+        hint: engine preferred as decoder within the configured slack (previous decoder, parent's decoder), or None.
+    """
+
+    now_ms: Ms
+    request_id: RequestId
+    lease_id: LeaseId
+    key: LeaseKey
+    first_turn_input_tokens: Tokens
+    first_turn_input_bytes: int
+    deadline_at_ms: Ms
+    hint: EngineId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupersedeRequested:
+    """Replace this lease by one with `epoch + 1` (compare-and-set on `epoch`).
+
+    If the live lease of the key already has a higher epoch, that one is answered (ten concurrent failures make one
+    new lease). If `lease_id` is no longer live and no other lease of `key` is, the request is a grant with
+    `epoch + 1`.
+
+    Attributes:
+        failed_engine_id: engine that must not be chosen again by this request, or None.
+    """
+
+    now_ms: Ms
+    request_id: RequestId
+    lease_id: LeaseId
+    new_lease_id: LeaseId
+    key: LeaseKey
+    epoch: int
+    reason: str
+    first_turn_input_tokens: Tokens
+    first_turn_input_bytes: int
+    deadline_at_ms: Ms
+    failed_engine_id: EngineId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCancelled:
+    """The caller of a waiting request went away."""
+
+    now_ms: Ms
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRenewed:
+    """Extend the lease to `now_ms + ttl_ms`."""
+
+    now_ms: Ms
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnStarted:
+    """A turn was sent to the engines; counts as a renewal."""
+
+    now_ms: Ms
+    lease_id: LeaseId
+    input_tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnFinished:
+    """A turn ended; counts as a renewal.
+
+    Attributes:
+        context_tokens: exact prompt + completion tokens of the turn (0: unknown, keep the ledger).
+        prompt_bytes, prompt_tokens: sizes of the same prompt, to learn the tokens-per-byte ratio (0: unknown).
+        cached_tokens: prompt tokens the engine had cached.
+        prefill_ms: time of the prefill where known (the prefill leg of a migration, else time to first token); 0: unknown.
+        prefill_engine_id: who prefilled.
+        migrated: whether this turn moved KV.
+        idle: True when the conversation now waits (tool calls or an answer given), which it does after every turn
+            unless another one is already running.
+    """
+
+    now_ms: Ms
+    lease_id: LeaseId
+    context_tokens: Tokens
+    prompt_tokens: Tokens
+    prompt_bytes: int
+    cached_tokens: Tokens
+    prefill_ms: Ms
+    prefill_engine_id: EngineId | None
+    migrated: bool
+    idle: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFailureReported:
+    """A client could not use an engine its lease names (connection refused, 5xx before the first byte)."""
+
+    now_ms: Ms
+    engine_id: EngineId
+    incarnation: Incarnation
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseParked:
+    """The conversation waits for a human: shorten its TTL to the park TTL. KV is never held for a human."""
+
+    now_ms: Ms
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReleased:
+    """The conversation is over."""
+
+    now_ms: Ms
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReadopted:
+    """A valid, unexpired token of a lease this broker does not know: put the lease back into the ledger.
+
+    Refused when a live lease of the same key has the same or a higher epoch, when the lease was released, expired or
+    superseded here, or when its decoder is unknown or another incarnation.
+    """
+
+    now_ms: Ms
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """First event after a restart: leases from the journal; each lives at least until `now_ms + grace_ms`."""
+
+    now_ms: Ms
+    leases: tuple[Lease, ...]
+    grace_ms: Ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimerFired:
+    """`next_deadline_ms()` has come."""
+
+    now_ms: Ms
+
+
+Event = (
+    EngineConfigured
+    | EngineRemoved
+    | EngineObserved
+    | EngineUnreachable
+    | EngineDrained
+    | LeaseRequested
+    | SupersedeRequested
+    | RequestCancelled
+    | LeaseRenewed
+    | TurnStarted
+    | TurnFinished
+    | EngineFailureReported
+    | LeaseParked
+    | LeaseReleased
+    | LeaseReadopted
+    | Recovered
+    | TimerFired
+)
+
+# ---- decisions ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """Answer to a `LeaseRequested` or `SupersedeRequested`. `reused`: the lease was already live."""
+
+    request_id: RequestId
+    lease: Lease
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Answer to a request that cannot be admitted now. `retry_after_ms` 0: trying again will not help."""
+
+    request_id: RequestId
+    reason: RefusalReason
+    detail: str
+    retry_after_ms: Ms
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """The request is queued; `Granted` or `Refused` with its id follows from a later event."""
+
+    request_id: RequestId
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseAnswered:
+    """Answer to a renewal, report, park, release or re-adoption. `lease` is None unless the verdict is OK.
+
+    `successor` names the live lease of the same key when the verdict is `SUPERSEDED`.
+    """
+
+    lease_id: LeaseId
+    verdict: LeaseVerdict
+    lease: Lease | None = None
+    successor: LeaseId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseStored:
+    """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them)."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseDropped:
+    """The shell must delete this row."""
+
+    lease: Lease
+    reason: DropReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStateChanged:
+    """For logs, metrics and the journal of drain flags."""
+
+    engine_id: EngineId
+    before: EngineState
+    after: EngineState
+    incarnation: Incarnation | None
+    detail: str
+
+
+Decision = Granted | Refused | Waiting | LeaseAnswered | LeaseStored | LeaseDropped | EngineStateChanged

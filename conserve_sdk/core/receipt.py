@@ -1,0 +1,60 @@
+"""The receipt of a placement decision: candidates, the numbers that were read, the rule that fired.
+
+Every grant and every refusal carries one; `conserve explain LEASE` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conserve_sdk.core.units import EngineId, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateView:
+    """One engine as placement saw it.
+
+    Attributes:
+        role: the part it was weighed for: ``"decoder"`` or ``"prefiller"``.
+        verdict: ``"chosen"``, ``"fits"`` or the reason it was left out (``"draining"``, ``"over_watermark"``, ...).
+        capacity_tokens: KV capacity; 0 when not yet observed.
+        leased_tokens: sum of live leases' ledgers on it.
+        used_tokens: KV occupancy last scraped from the engine.
+        backlog_tokens: uncached prompt tokens dispatched to it whose first token was not yet seen.
+        running: streams decoding on it.
+        rate_tokens_per_s: observed prefill rate.
+        score_us: the prefill score in microseconds (policy section 7), -1 where the rule did not compute one.
+    """
+
+    engine_id: EngineId
+    role: str
+    verdict: str
+    capacity_tokens: Tokens
+    leased_tokens: Tokens
+    used_tokens: Tokens
+    backlog_tokens: Tokens
+    running: int
+    rate_tokens_per_s: int
+    score_us: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """Why this decision.
+
+    Attributes:
+        preset: name of the placement preset in force.
+        rule: the rule that fired for the decoder (``"most_free_kv"``, ``"hint_previous_decoder"``, ...).
+        prefill_rule: the rule that fired for the prefill engine (``"score"``, ``"below_minimum"``,
+            ``"always_prefiller"``, ``"no_prefiller"``, ``"no_common_transfer_group"``, ...).
+        need_tokens: tokens that were to be admitted.
+        waited_ms: time spent in the queue.
+        candidates: engines that were weighed, ordered by role and id.
+    """
+
+    preset: str
+    rule: str
+    prefill_rule: str
+    need_tokens: Tokens
+    waited_ms: int
+    candidates: tuple[CandidateView, ...]

@@ -1,0 +1,94 @@
+"""Switches and constants of the core. Same constants for every workload; the presets differ in switches only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from conserve_sdk.core.units import Ms, Ppm, Tokens
+
+
+class PrefillChoice(StrEnum):
+    """Which rule picks the engine that prefills a first turn."""
+
+    ALWAYS_PREFILLER = "always_prefiller"
+    """The paper's rule: the least loaded prefiller, whatever its queue."""
+    SCORE = "score"
+    """The lowest of backlog + own work + move time + harm to running decodes (policy study, section 7)."""
+    NEVER = "never"
+    """No prefillers: plain affinity with admission."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementSettings:
+    """One preset of placement.
+
+    Attributes:
+        kv_watermark_ppm: admission keeps leased (and observed) KV at or under this share of capacity (OVER = .89).
+        hint_slack_ppm: a hinted decoder wins while its load is at most this much above the best (MOVE = .3).
+        local_below_tokens: first turns under this many tokens are prefilled on the decoder.
+        harm_weight_ppm: W, weight of own prefill time per stream decoding on the engine (.3).
+        transfer_overhead_us: fixed cost of a KV move (TX = 20 ms).
+        transfer_tokens_per_s: KV link speed in tokens (LINK = 25 GB/s over the model's bytes per token).
+        default_rate_tokens_per_s: prefill rate assumed until one was observed.
+        reserve_tokens: growth reserve added to every need (default 0).
+    """
+
+    name: str
+    prefill_choice: PrefillChoice
+    kv_watermark_ppm: Ppm = Ppm(890_000)
+    hint_slack_ppm: Ppm = Ppm(300_000)
+    local_below_tokens: Tokens = Tokens(0)
+    harm_weight_ppm: Ppm = Ppm(0)
+    transfer_overhead_us: int = 20_000
+    transfer_tokens_per_s: int = 200_000
+    default_rate_tokens_per_s: int = 10_000
+    reserve_tokens: Tokens = Tokens(0)
+
+
+PAPER = PlacementSettings(
+    name="paper", prefill_choice=PrefillChoice.ALWAYS_PREFILLER, kv_watermark_ppm=Ppm(1_000_000), hint_slack_ppm=Ppm(0)
+)
+DEFAULT = PlacementSettings(
+    name="default",
+    prefill_choice=PrefillChoice.SCORE,
+    local_below_tokens=Tokens(256),
+    harm_weight_ppm=Ppm(300_000),
+)
+AFFINITY = PlacementSettings(name="affinity", prefill_choice=PrefillChoice.NEVER)
+
+PRESETS: dict[str, PlacementSettings] = {preset.name: preset for preset in (PAPER, DEFAULT, AFFINITY)}
+"""Presets by the name that configuration and receipts use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """Everything `core.Broker` is told at its construction.
+
+    Attributes:
+        ttl_ms: life of a lease without a sign of life; clients renew at a third of it.
+        park_ttl_ms: life left to a parked lease.
+        hold_ms: longest time a decoder is asked to keep a finished turn's blocks; bounded by the engine's own
+            `max_hold_ms`; 0 switches holding off.
+        hold_share_ppm: share of a decoder's KV capacity that holding leases may fill.
+        suspect_after_ms, gone_after_ms: age of the last successful scrape at which an engine stops getting leases,
+            and at which its leases are dropped.
+        observation_max_age_ms: an engine whose last observation is older gets no new lease (invariant 6).
+        leases_max, queue_max, leases_per_tenant_max: bounds (invariant 9).
+        wait_max_ms: longest time a request may wait for admission.
+        retry_after_ms: what a refused client is told at least.
+    """
+
+    placement: PlacementSettings = field(default_factory=lambda: DEFAULT)
+    ttl_ms: Ms = Ms(60_000)
+    park_ttl_ms: Ms = Ms(10_000)
+    hold_ms: Ms = Ms(10_000)
+    hold_share_ppm: Ppm = Ppm(500_000)
+    suspect_after_ms: Ms = Ms(3_000)
+    gone_after_ms: Ms = Ms(15_000)
+    observation_max_age_ms: Ms = Ms(10_000)
+    leases_max: int = 100_000
+    leases_per_tenant_max: int = 100_000
+    queue_max: int = 10_000
+    wait_max_ms: Ms = Ms(120_000)
+    retry_after_ms: Ms = Ms(1_000)

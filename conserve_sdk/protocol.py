@@ -1,0 +1,263 @@
+"""Wire models between SDK and broker: HTTP + JSON under `/v1`, version `PROTOCOL_VERSION`.
+
+Readers ignore unknown fields, so that either side may be newer. Every bound that the broker enforces on what it
+reads stands here. Errors are RFC 9457 problem documents (`Problem`) with a stable `code`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL_VERSION = 1
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+Identifier = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[\x21-\x7e]+$")]
+"""Printable ASCII without blanks, at most 256 characters. Clients hash ids that are longer or hold anything else."""
+
+TokenCount = Annotated[int, Field(ge=0, le=100_000_000)]
+Millis = Annotated[int, Field(ge=0, le=86_400_000)]
+
+REPORTS_MAX = 500
+RENEWALS_MAX = 500
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Binding(_Wire):
+    """One engine as a lease names it."""
+
+    engine_id: Identifier
+    url: str
+    incarnation: str
+
+
+class LeaseRequest(_Wire):
+    """Body of `POST /v1/leases`. Idempotent on (tenant, conversation_id, lineage, model).
+
+    Attributes:
+        first_turn_input_tokens: exact count, or 0 when the client has none.
+        first_turn_input_bytes: UTF-8 bytes of the prompt's text, for brokers that convert.
+        wait_ms: how long the client will wait for admission before it wants a refusal.
+        hint_engine_id: decoder that may still hold a prefix of this lineage (previous or parent lease).
+    """
+
+    conversation_id: Identifier
+    lineage: Identifier
+    model: Identifier
+    first_turn_input_tokens: TokenCount = 0
+    first_turn_input_bytes: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    wait_ms: Millis = 0
+    hint_engine_id: Identifier | None = None
+    client: Annotated[str, Field(max_length=200)] = ""
+
+
+class SupersedeRequest(_Wire):
+    """Body of `POST /v1/leases/{id}/supersede`: compare-and-set on `epoch`.
+
+    The capability is the lease's `token`; a broker that lost its state learns the key from it.
+    """
+
+    token: Annotated[str, Field(max_length=4096)]
+    epoch: Annotated[int, Field(ge=1)]
+    reason: Annotated[str, Field(max_length=500)]
+    first_turn_input_tokens: TokenCount = 0
+    first_turn_input_bytes: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    wait_ms: Millis = 0
+    failed_engine_id: Identifier | None = None
+
+
+class CandidateInfo(_Wire):
+    """One engine as placement saw it; see `conserve_sdk.core.CandidateView`."""
+
+    engine_id: str
+    role: str
+    verdict: str
+    capacity_tokens: int
+    leased_tokens: int
+    used_tokens: int
+    backlog_tokens: int
+    running: int
+    rate_tokens_per_s: int
+    score_us: int
+
+
+class DecisionInfo(_Wire):
+    """Receipt of a placement; see `conserve_sdk.core.Receipt`."""
+
+    preset: str
+    rule: str
+    prefill_rule: str
+    need_tokens: int
+    waited_ms: int
+    candidates: tuple[CandidateInfo, ...] = ()
+
+
+class LeaseGrant(_Wire):
+    """Answer to a grant, supersede or `GET /v1/leases/{id}`.
+
+    Attributes:
+        mode: `migrate` (prefill the first turn on `prefiller`, move its KV once) or `local` (all on `decoder`).
+        expires_in_ms: life left when the answer was written; relative, so that clocks need not agree.
+        renew_after_ms: renew when this much time has passed (a third of `ttl_ms`).
+        hold_ms: ask the decoder to keep a turn's blocks (vLLM: `do_remote_decode` on the decoder); 0: do not.
+        token: capability for renew, report, park, release and supersede of this lease.
+        reused: True when the lease was already live (another process, or a repeated request).
+    """
+
+    lease_id: Identifier
+    epoch: int
+    tenant: str
+    conversation_id: str
+    lineage: str
+    model: str
+    mode: Literal["migrate", "local"]
+    prefiller: Binding | None
+    decoder: Binding
+    ttl_ms: int
+    expires_in_ms: int
+    renew_after_ms: int
+    hold_ms: int
+    append_threshold_tokens: int
+    supersedes: str | None
+    migrations: int = 0
+    turns: int = 0
+    activity: Literal["busy", "idle", "parked"] = "busy"
+    reused: bool = False
+    token: str
+    decision: DecisionInfo
+
+
+class TurnStartedReport(_Wire):
+    """A turn was sent. Usually folded into one batch with others; never waited for."""
+
+    kind: Literal["turn_started"] = "turn_started"
+    token: Annotated[str, Field(max_length=4096)]
+    input_tokens: TokenCount = 0
+
+
+class TurnFinishedReport(_Wire):
+    """A turn ended; see `conserve_sdk.core.TurnFinished` for the fields the ledger uses.
+
+    Attributes:
+        error: empty, or the class of failure that ended the turn (`client_cancelled`, `stream_dropped`, ...).
+    """
+
+    kind: Literal["turn_finished"] = "turn_finished"
+    token: Annotated[str, Field(max_length=4096)]
+    prompt_tokens: TokenCount = 0
+    completion_tokens: TokenCount = 0
+    cached_tokens: TokenCount = 0
+    prompt_bytes: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    prefill_ms: Millis = 0
+    prefill_engine_id: Identifier | None = None
+    migrated: bool = False
+    ttft_ms: Millis = 0
+    duration_ms: Millis = 0
+    finish_reason: Annotated[str, Field(max_length=64)] = ""
+    tool_names: Annotated[tuple[Annotated[str, Field(max_length=128)], ...], Field(max_length=64)] = ()
+    idle: bool = True
+    error: Annotated[str, Field(max_length=200)] = ""
+
+
+class EngineFailureReport(_Wire):
+    """A client could not use an engine that its lease names."""
+
+    kind: Literal["engine_failure"] = "engine_failure"
+    token: Annotated[str, Field(max_length=4096)]
+    engine_id: Identifier
+    incarnation: Annotated[str, Field(max_length=256)]
+    phase: Literal["prefill", "transfer", "decode"]
+    detail: Annotated[str, Field(max_length=500)] = ""
+
+
+Report = Annotated[TurnStartedReport | TurnFinishedReport | EngineFailureReport, Field(discriminator="kind")]
+
+
+class ReportBatch(_Wire):
+    """Body of `POST /v1/reports`. Each turn report counts as a renewal of its lease."""
+
+    reports: Annotated[tuple[Report, ...], Field(min_length=1, max_length=REPORTS_MAX)]
+
+
+class RenewalBatch(_Wire):
+    """Body of `POST /v1/renewals`: the tokens of the leases to renew."""
+
+    tokens: Annotated[tuple[Annotated[str, Field(max_length=4096)], ...], Field(min_length=1, max_length=RENEWALS_MAX)]
+
+
+class LeaseStatus(_Wire):
+    """What became of one report or renewal.
+
+    Attributes:
+        verdict: `ok`, `unknown` (expired or released: start again with a first turn), `superseded`, `engine_lost`,
+            or `bad_token`.
+        token: a fresh token when the old one nears its end, else None.
+    """
+
+    lease_id: str
+    verdict: Literal["ok", "unknown", "superseded", "engine_lost", "bad_token"]
+    expires_in_ms: int = 0
+    token: str | None = None
+
+
+class BatchAnswer(_Wire):
+    """Answer to a report or renewal batch, in the order of the request."""
+
+    results: tuple[LeaseStatus, ...]
+
+
+class TokenBody(_Wire):
+    """Body of `POST /v1/leases/{id}/park`."""
+
+    token: Annotated[str, Field(max_length=4096)]
+
+
+class EngineInfo(_Wire):
+    """One engine in `GET /v1/engines` and `GET /v1/fleet`."""
+
+    engine_id: str
+    url: str
+    role: Literal["prefiller", "decoder", "both"]
+    model: str
+    state: Literal["unknown", "ready", "draining", "suspect", "gone", "misfit"]
+    detail: str
+    incarnation: str | None
+    transfer_group: str
+    kv_capacity_tokens: int
+    kv_used_tokens: int
+    kv_leased_tokens: int
+    leases: int
+    running: int
+    waiting: int
+    backlog_tokens: int
+    prefill_rate_tokens_per_s: int
+    observed_ago_ms: int | None
+
+
+class FleetInfo(_Wire):
+    """Answer to `GET /v1/fleet`."""
+
+    protocol_version: int = PROTOCOL_VERSION
+    preset: str
+    engines: tuple[EngineInfo, ...]
+    leases: int
+    waiting_requests: int
+    migrations_total: int
+    grants_total: int
+
+
+class Problem(_Wire):
+    """RFC 9457 problem document. `code` is stable; `detail` says what to do."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    retry_after_ms: int | None = None
+    decision: DecisionInfo | None = None
