@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--torch-index",
         default=os.environ.get(TORCH_INDEX_VARIABLE),
-        help=f"package index with torch's CPU build (default: ${TORCH_INDEX_VARIABLE}, else pip's own, else {TORCH_INDEX})",
+        help=f"package index with torch's CPU build (default: ${TORCH_INDEX_VARIABLE}, else pip's own configuration)",
     )
     options = parser.parse_args(argv)
     try:
