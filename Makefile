@@ -1,0 +1,57 @@
+# Every target makes what it needs: a virtual environment in .venv (and .venv-vllm for the real engine), with plain
+# `python3 -m venv` and pip. Nothing is installed outside this folder.
+PYTHON ?= python3
+VENV := .venv
+VLLM_VENV := .venv-vllm
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents lab/conserve_lab
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-vllm test test-vllm check bench format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(STAMP)  ## broker + emulated fleet + real LangGraph agents, with a live view and a closing table (about a minute)
+	$(BIN)/conserve demo
+
+demo-vllm: $(STAMP) vllm-venv  ## the same agents on real vLLM on CPU: one prefiller, two decoders, a small local model
+	$(BIN)/conserve demo --engine vllm --vllm-venv $(VLLM_VENV)
+
+test: $(STAMP)  ## every test that needs no vLLM, with the coverage gate
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not vllm"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --skip-empty --fail-under=90
+	$(BIN)/coverage report --include='conserve_sdk/core/*' --skip-covered --fail-under=100
+
+test-vllm: $(STAMP) vllm-venv  ## the suite on real vLLM on CPU
+	CONSERVE_REQUIRE_VLLM=1 CONSERVE_VLLM_VENV=$(VLLM_VENV) $(BIN)/pytest -m vllm tests/vllm
+
+check: $(STAMP)  ## formatting, lint, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(PACKAGES) tests/typing
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## presets beside each other on the emulated fleet; writes bench.json and bench.md
+	$(BIN)/conserve bench
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+clean:  ## remove the virtual environments and caches
+	rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(STAMP): pyproject.toml
+	@echo "==> making $(VENV) and installing ConServe with all extras (about a minute)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	@touch $@
+
+.PHONY: vllm-venv
+vllm-venv: $(STAMP)
+	$(BIN)/python -m conserve_lab.vllm.install $(VLLM_VENV)
