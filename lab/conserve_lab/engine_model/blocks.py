@@ -1,0 +1,105 @@
+"""Blocks of KV cache: reference counts, prefix cache, least recently used eviction."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class BlockPool:
+    """A fixed number of blocks, each free or referenced, each possibly cached under a key.
+
+    A block nobody references stays cached until its place is needed, as in vLLM's block pool
+    (vllm/v1/core/block_pool.py): eviction takes the block that was freed longest ago.
+
+    Args:
+        blocks: How many blocks there are.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._references = [0] * blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))
+        self._block_of: dict[int, int] = {}
+        self._key_of: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of blocks in the pool."""
+        return len(self._references)
+
+    @property
+    def free(self) -> int:
+        """Blocks nobody references; cached ones among them count, for they can be evicted."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Blocks somebody references."""
+        return self.total - self.free
+
+    def lookup(self, keys: Iterable[int]) -> list[int]:
+        """Return the cached blocks of the longest leading run of `keys`, without referencing them."""
+        found: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def cost_of(self, hits: Sequence[int], new: int) -> int:
+        """Return how many free blocks it takes to reference `hits` and allocate `new` more."""
+        return new + sum(1 for block in hits if self._references[block] == 0)
+
+    def reference(self, blocks: Iterable[int]) -> None:
+        """Add one reference to each block, taking it out of the free list."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` blocks, evicting the least recently used; None (and no change) if too few are free."""
+        if count > len(self._free):
+            return None
+        taken: list[int] = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._references[block] = 1
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference of each block of one sequence, its tail first so that its tail is evicted first."""
+        for block in reversed(blocks):
+            assert self._references[block] > 0, f"block {block} released once too often"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+
+    def publish(self, block: int, key: int) -> None:
+        """Make a computed block findable under `key`; the first block of a key wins, as in vLLM."""
+        if key not in self._block_of and block not in self._key_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def check(self, owners: Iterable[Sequence[int]]) -> None:
+        """Assert that references equal what `owners` hold and that no block is lost.
+
+        Args:
+            owners: The block lists of everyone who should hold references.
+        """
+        expected = [0] * self.total
+        for blocks in owners:
+            for block in blocks:
+                expected[block] += 1
+        assert expected == self._references, "reference counts differ from what sequences and holds own"
+        for block, references in enumerate(self._references):
+            assert (references == 0) == (block in self._free), f"block {block} is both free and referenced"
+        assert {key: block for block, key in self._key_of.items()} == self._block_of
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]

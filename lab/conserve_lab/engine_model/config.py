@@ -1,0 +1,85 @@
+"""What an engine can hold and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_US_PER_S = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """How long one forward step takes.
+
+    Decodes and prefill chunks share one step, which is why a long prefill stretches the time between tokens of
+    every decode beside it. The defaults are a mid-range GPU with a small model, not a measurement.
+    """
+
+    base_us: int = 18_000
+    """Fixed cost of a step: launch overhead and one read of the weights."""
+    decode_us_per_sequence: int = 100
+    decode_ns_per_context_token: int = 30
+    """Cost of reading one token of KV cache in attention."""
+    prefill_tokens_per_s: int = 20_000
+
+    def step_us(self, *, decodes: int, context_tokens: int, prefill_tokens: int) -> int:
+        """Return the microseconds of a step with this work in it; 0 when there is none."""
+        if not decodes and not prefill_tokens:
+            return 0
+        return (
+            self.base_us
+            + self.decode_us_per_sequence * decodes
+            + self.decode_ns_per_context_token * context_tokens // 1000
+            + prefill_tokens * _US_PER_S // self.prefill_tokens_per_s
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCost:
+    """How long KV blocks take over the link between two engines."""
+
+    kv_bytes_per_token: int = 131_072
+    """bf16 Llama-3.1-8B: 2 x 32 layers x 8 KV heads x 128 x 2 bytes."""
+    bytes_per_s: int = 25_000_000_000
+    overhead_us: int = 5_000
+
+    def bytes_of(self, tokens: int) -> int:
+        """Return the bytes of KV cache that `tokens` occupy."""
+        return tokens * self.kv_bytes_per_token
+
+    def transfer_us(self, tokens: int) -> int:
+        """Return the microseconds the link is busy moving `tokens`."""
+        return self.overhead_us + self.bytes_of(tokens) * _US_PER_S // self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineModelConfig:
+    """Sizes and limits of one engine, under the names of vLLM's own options.
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+
+    block_size: int = 16
+    kv_blocks: int = 4096
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    """Most prompt tokens of one request in one step; 0 means only the batch limit counts."""
+    kv_lease_us: int = 30_000_000
+    """How long a finished request's blocks are held for a peer (vLLM's `kv_lease_duration`)."""
+    cost: StepCost = field(default_factory=StepCost)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_blocks", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that fit into the KV cache."""
+        return self.kv_blocks * self.block_size
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return the number of blocks that `tokens` occupy."""
+        return -(-tokens // self.block_size)

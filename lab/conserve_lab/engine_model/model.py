@@ -1,0 +1,402 @@
+"""The engine itself: admission, continuous batching, chunked prefill, preemption, holds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from conserve_lab.engine_model.blocks import BlockPool
+from conserve_lab.engine_model.config import EngineModelConfig
+from conserve_lab.engine_model.results import (
+    EngineCounters,
+    FetchStart,
+    Hold,
+    Progress,
+    PromptSources,
+    StepResult,
+)
+from conserve_lab.engine_model.sequence import EngineRequest, Sequence, SequenceState
+
+
+@dataclass(slots=True)
+class _Work:
+    """Tokens of one sequence in the step being planned."""
+
+    sequence: Sequence
+    tokens: int
+    decode: bool
+
+
+class EngineModel:
+    """One engine. Drive it with `submit`, `step`, `fetch_finished` and `cancel`.
+
+    The scheduler follows vLLM V1 (vllm/v1/core/sched/scheduler.py): running decodes first, then running prefills,
+    then waiting requests in order of arrival, all under `max_num_batched_tokens`; when blocks run out the youngest
+    running request is preempted and later recomputed.
+
+    Args:
+        config: Sizes, limits and speeds.
+    """
+
+    def __init__(self, config: EngineModelConfig) -> None:
+        self.config = config
+        self.counters = EngineCounters()
+        self._pool = BlockPool(config.kv_blocks)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._fetched: deque[Sequence] = deque()
+        self._fetching: dict[str, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._holds: dict[str, Hold] = {}
+        self._arrivals = 0
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests not in the batch: queued, fetching, or fetched."""
+        return len(self._waiting) + len(self._fetching) + len(self._fetched)
+
+    @property
+    def fetching(self) -> int:
+        """Requests whose KV is on its way from a peer."""
+        return len(self._fetching)
+
+    @property
+    def pool(self) -> BlockPool:
+        """The KV cache (read it; only the model writes)."""
+        return self._pool
+
+    @property
+    def kv_usage_ppm(self) -> int:
+        """Referenced blocks (running, fetching and held) per million blocks."""
+        return self._pool.used * 1_000_000 // self._pool.total
+
+    @property
+    def holds(self) -> dict[str, Hold]:
+        """Finished requests whose blocks are still held, by request id."""
+        return self._holds
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute something now or once blocks are free."""
+        return bool(self._running or self._waiting or self._fetched)
+
+    def state_of(self, request_id: str) -> SequenceState | None:
+        """Return where a request is, or None when the engine no longer runs it."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else sequence.state
+
+    # ---- requests ------------------------------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: The id is in use, or the request could never fit into the KV cache.
+        """
+        if request.request_id in self._sequences or request.request_id in self._holds:
+            raise ValueError(f"request id {request.request_id!r} is in use; ids must be unique")
+        needed = self.config.blocks_for(request.prompt_tokens + request.output_tokens)
+        if needed > self.config.kv_blocks:
+            raise ValueError(
+                f"request {request.request_id!r} needs {needed} blocks but the KV cache has "
+                f"{self.config.kv_blocks}; raise kv_blocks or shorten the request"
+            )
+        self._arrivals += 1
+        sequence = Sequence(request=request, order=self._arrivals)
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request in any state and free its blocks; its finished blocks stay in the prefix cache."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        if sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.state is SequenceState.FETCHING:
+            del self._fetching[request_id]
+        elif sequence.state is SequenceState.FETCHED:
+            self._fetched.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._pool.release(sequence.blocks)
+        return True
+
+    def fetch_finished(self, request_id: str, *, ok: bool) -> bool:
+        """Tell that the peer's KV has arrived, or will not; a failed fetch is recomputed locally.
+
+        Returns:
+            False when the request is gone (cancelled meanwhile).
+        """
+        sequence = self._fetching.pop(request_id, None)
+        if sequence is None:
+            return False
+        if ok:
+            # The last prompt token is computed here again: the decoder makes its own first token.
+            sequence.computed = sequence.request.prompt_tokens - 1
+            sequence.external_tokens = sequence.request.prompt_tokens - sequence.local_hit_tokens
+            sequence.state = SequenceState.FETCHED
+            self.counters.external_hits += sequence.external_tokens
+            self._publish(sequence, full=sequence.request.prompt_tokens // self.config.block_size)
+            self._fetched.append(sequence)
+        else:
+            self._reset(sequence)
+            self._waiting.appendleft(sequence)
+        return True
+
+    # ---- holds ---------------------------------------------------------------------------------------------
+
+    def release_hold(self, request_id: str) -> bool:
+        """Free a held request's blocks (its peer has read them); False when nothing is held under that id."""
+        hold = self._holds.pop(request_id, None)
+        if hold is None:
+            return False
+        self._pool.release(hold.blocks)
+        return True
+
+    def extend_hold(self, request_id: str, *, until_us: int) -> bool:
+        """Keep a hold at least until `until_us` (a peer's heartbeat); False when it is gone."""
+        hold = self._holds.get(request_id)
+        if hold is None:
+            return False
+        hold.expires_at_us = max(hold.expires_at_us, until_us)
+        return True
+
+    def expire_holds(self, *, now_us: int) -> list[str]:
+        """Free every hold whose lease has ended by `now_us` and return their request ids."""
+        ended = [key for key, hold in self._holds.items() if hold.expires_at_us <= now_us]
+        for request_id in ended:
+            self.release_hold(request_id)
+        self.counters.holds_expired += len(ended)
+        return ended
+
+    def next_hold_expiry_us(self) -> int | None:
+        """Return the instant the next hold ends, or None."""
+        return min((hold.expires_at_us for hold in self._holds.values()), default=None)
+
+    # ---- the step ------------------------------------------------------------------------------------------
+
+    def step(self, now_us: int) -> StepResult:
+        """Plan and carry out one step that starts at `now_us`.
+
+        The state is advanced at once; the tokens exist `duration_us` later, when the caller hands them on and
+        calls again.
+        """
+        self.expire_holds(now_us=now_us)
+        plan: list[_Work] = []
+        preemptions = self.counters.preemptions
+        budget = self._plan_running(plan, self.config.max_num_batched_tokens)
+        # As in vLLM, a step that had to preempt admits nobody: the freed blocks belong to who is running.
+        # Unless nobody is: then a fetched request may go on with the blocks it owns.
+        quiet = self.counters.preemptions == preemptions or not plan
+        fetches = self._admit(plan, budget) if quiet else []
+        decodes = [work for work in plan if work.decode]
+        prefill_tokens = sum(work.tokens for work in plan if not work.decode)
+        duration_us = self.config.cost.step_us(
+            decodes=len(decodes),
+            context_tokens=sum(work.sequence.computed for work in decodes),
+            prefill_tokens=prefill_tokens,
+        )
+        self.counters.steps += bool(plan)
+        progress = self._commit(plan, end_us=now_us + duration_us)
+        return StepResult(duration_us, tuple(progress), tuple(fetches), prefill_tokens, len(decodes))
+
+    def _plan_running(self, plan: list[_Work], budget: int) -> int:
+        """Give running sequences their tokens, decodes first, preempting the youngest when blocks run out."""
+        for sequence in sorted(self._running, key=lambda item: (not item.decoding, item.order)):
+            if sequence.state is not SequenceState.RUNNING or budget <= 0:
+                continue
+            tokens = self._chunk(sequence, budget)
+            if self._make_room(sequence, tokens, plan):
+                plan.append(_Work(sequence, tokens, sequence.decoding))
+                budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
+        return budget
+
+    def _make_room(self, sequence: Sequence, tokens: int, plan: list[_Work]) -> bool:
+        """Allocate blocks for `tokens` more; False when the sequence itself had to be preempted."""
+        while not self._grow(sequence, tokens):
+            victim = max(self._running, key=lambda item: item.order)
+            self._preempt(victim)
+            plan[:] = [work for work in plan if work.sequence is not victim]
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self, plan: list[_Work], budget: int) -> list[FetchStart]:
+        """Take waiting requests in order while tokens, places and blocks last.
+
+        Fetched requests come first: they own their blocks already, so making them wait behind a request that
+        needs blocks could block both for ever.
+        """
+        fetches: list[FetchStart] = []
+        while budget > 0 and len(self._running) < self.config.max_num_seqs:
+            if self._fetched:
+                sequence = self._fetched.popleft()
+            elif self._waiting and self._place(self._waiting[0]):
+                sequence = self._waiting.popleft()
+            else:
+                break
+            if sequence.request.pull and sequence.state is SequenceState.WAITING:
+                fetches.append(self._start_fetch(sequence))
+                continue
+            tokens = self._chunk(sequence, budget)
+            grown = self._grow(sequence, tokens)
+            assert grown, "a placed or fetched request has room for its prompt"
+            sequence.state = SequenceState.RUNNING
+            self._running.append(sequence)
+            plan.append(_Work(sequence, tokens, sequence.decoding))
+            budget -= tokens
+        return fetches
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Reference the cached prefix of a waiting request, if everything it knows would fit."""
+        size = self.config.block_size
+        limit = (sequence.known - 1) // size
+        hits = self._pool.lookup(sequence.request.block_keys[:limit])
+        new = self.config.blocks_for(sequence.known) - len(hits)
+        if self._pool.cost_of(hits, new) > self._pool.free:
+            return False
+        self._pool.reference(hits)
+        sequence.blocks = hits
+        sequence.computed = len(hits) * size
+        sequence.published = len(hits)
+        self._count_lookup(sequence)
+        return True
+
+    def _count_lookup(self, sequence: Sequence) -> None:
+        """Count an admission's cache queries, unless the request has emitted tokens before (preempted)."""
+        if sequence.emitted:
+            return
+        sequence.local_hit_tokens = min(sequence.computed, sequence.request.prompt_tokens)
+        self.counters.prefix_queries += sequence.request.prompt_tokens
+        self.counters.prefix_hits += sequence.local_hit_tokens
+        if sequence.request.pull:
+            self.counters.external_queries += sequence.request.prompt_tokens - sequence.local_hit_tokens
+
+    def _start_fetch(self, sequence: Sequence) -> FetchStart:
+        """Allocate the whole prompt and leave the queue until the peer's KV is here."""
+        missing = sequence.request.prompt_tokens - sequence.computed
+        before = len(sequence.blocks)
+        grown = self._grow(sequence, missing)
+        assert grown, "a placed request fits"
+        sequence.state = SequenceState.FETCHING
+        self._fetching[sequence.request.request_id] = sequence
+        return FetchStart(sequence.request.request_id, missing, len(sequence.blocks) - before)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Return how many of the sequence's pending tokens go into this step."""
+        tokens = min(sequence.pending, budget)
+        threshold = self.config.long_prefill_token_threshold
+        return min(tokens, threshold) if threshold else tokens
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Allocate the blocks that `tokens` more computed tokens need."""
+        missing = self.config.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
+        taken = self._pool.allocate(max(0, missing))
+        if taken is None:
+            return False
+        sequence.blocks += taken
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free a running sequence's blocks and queue it first; its tokens so far are recomputed later."""
+        self._running.remove(sequence)
+        sequence.preemptions += 1
+        self._reset(sequence)
+        self._waiting.appendleft(sequence)
+        self.counters.preemptions += 1
+
+    def _reset(self, sequence: Sequence) -> None:
+        """Give back everything a sequence has and let it wait to be computed from the start, locally."""
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.published = 0
+        if not sequence.emitted:
+            sequence.external_tokens = 0
+        sequence.state = SequenceState.WAITING
+        sequence.request = _without_pull(sequence.request)
+
+    # ---- after the step ------------------------------------------------------------------------------------
+
+    def _commit(self, plan: SequenceOf[_Work], *, end_us: int) -> list[Progress]:
+        progress: list[Progress] = []
+        for work in plan:
+            sequence = work.sequence
+            sequence.computed += work.tokens
+            self._publish(sequence, full=sequence.computed // self.config.block_size)
+            if sequence.pending == 0:
+                progress.append(self._emit(sequence, end_us=end_us))
+        return progress
+
+    def _emit(self, sequence: Sequence, *, end_us: int) -> Progress:
+        """Add one token; finish the request when it was the last."""
+        sequence.emitted += 1
+        self.counters.generation_tokens += 1
+        sources = self._count_prompt(sequence) if sequence.emitted == 1 else None
+        request = sequence.request
+        if sequence.emitted < request.output_tokens:
+            return Progress(request_id=request.request_id, sources=sources)
+        self._running.remove(sequence)
+        del self._sequences[request.request_id]
+        if request.hold:
+            blocks = tuple(sequence.blocks)
+            self._holds[request.request_id] = Hold(request.request_id, blocks, end_us + self.config.kv_lease_us)
+        else:
+            blocks = ()
+            self._pool.release(sequence.blocks)
+        return Progress(
+            request_id=request.request_id,
+            sources=sources,
+            finished=True,
+            held_blocks=blocks,
+            computed_tokens=sequence.computed,
+        )
+
+    def _count_prompt(self, sequence: Sequence) -> PromptSources:
+        prompt = sequence.request.prompt_tokens
+        local, external = sequence.local_hit_tokens, sequence.external_tokens
+        sources = PromptSources(prompt - local - external, local, external)
+        self.counters.local_compute_tokens += sources.local_compute
+        self.counters.local_cache_hit_tokens += local
+        self.counters.external_tokens += external
+        return sources
+
+    def _publish(self, sequence: Sequence, *, full: int) -> None:
+        """Offer newly filled blocks to the prefix cache."""
+        keys = sequence.request.block_keys
+        for index in range(sequence.published, min(full, len(keys))):
+            self._pool.publish(sequence.blocks[index], keys[index])
+        sequence.published = max(sequence.published, full)
+
+    def check(self) -> None:
+        """Assert the model's invariants: every block owned exactly as often as it is referenced.
+
+        For tests and for a simulator that checks itself while it runs.
+        """
+        owners: list[SequenceOf[int]] = [sequence.blocks for sequence in self._sequences.values()]
+        self._pool.check([*owners, *(hold.blocks for hold in self._holds.values())])
+        assert len(self._sequences) == self.running + self.waiting
+        for sequence in self._sequences.values():
+            assert sequence.computed <= len(sequence.blocks) * self.config.block_size
+            assert sequence.local_hit_tokens < sequence.request.prompt_tokens
+
+
+def _without_pull(request: EngineRequest) -> EngineRequest:
+    if not request.pull:
+        return request
+    return EngineRequest(
+        request_id=request.request_id,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.output_tokens,
+        block_keys=request.block_keys,
+        hold=request.hold,
+    )

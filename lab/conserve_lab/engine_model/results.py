@@ -1,0 +1,84 @@
+"""What a step of the engine says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSources:
+    """Where the KV of a prompt came from; the three add up to the prompt (vLLM: `prompt_tokens_by_source`)."""
+
+    local_compute: int
+    local_cache_hit: int
+    external_kv_transfer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One token of one request."""
+
+    request_id: str
+    sources: PromptSources | None = None
+    """Set with the request's first token."""
+    finished: bool = False
+    held_blocks: tuple[int, ...] = ()
+    """With the last token of a request that asked for a hold: the blocks kept for a peer."""
+    computed_tokens: int = 0
+    """With the last token: tokens whose KV is in the blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchStart:
+    """A request now waits for its peer; the driver moves the KV and calls `fetch_finished`."""
+
+    request_id: str
+    missing_tokens: int
+    missing_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Everything one step did. Tokens exist `duration_us` after the step's start."""
+
+    duration_us: int
+    progress: tuple[Progress, ...] = ()
+    fetches: tuple[FetchStart, ...] = ()
+    prefill_tokens: int = 0
+    decodes: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was computed and no fetch began."""
+        return not self.duration_us and not self.progress and not self.fetches
+
+
+@dataclass(slots=True)
+class Hold:
+    """Blocks of a finished request, kept until a peer has read them or the lease ends."""
+
+    request_id: str
+    blocks: tuple[int, ...]
+    expires_at_us: int
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since the engine started; they only grow."""
+
+    steps: int = 0
+    generation_tokens: int = 0
+    local_compute_tokens: int = 0
+    local_cache_hit_tokens: int = 0
+    external_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    external_queries: int = 0
+    external_hits: int = 0
+    preemptions: int = 0
+    holds_expired: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of all requests that reached their first token."""
+        return self.local_compute_tokens + self.local_cache_hit_tokens + self.external_tokens

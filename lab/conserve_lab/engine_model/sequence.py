@@ -1,0 +1,79 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class SequenceState(StrEnum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    """Its blocks are allocated and the peer's KV is on its way (vLLM: WAITING_FOR_REMOTE_KVS)."""
+    FETCHED = "fetched"
+    """The KV has arrived; waits for a place in the batch."""
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What to compute. The output is known beforehand: the model spends time, the caller owns the words.
+
+    Raises:
+        ValueError: A prompt or output without tokens.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+    block_keys: SequenceOf[int]
+    """A key per full block of prompt plus output; equal keys mean equal content and equal history."""
+    pull: bool = False
+    """Fetch the prompt's KV from a peer instead of computing it."""
+    hold: bool = False
+    """Keep the blocks for a lease after the last token (`do_remote_decode`)."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise ValueError(
+                f"request {self.request_id}: prompt and output need at least one token each, "
+                f"got {self.prompt_tokens} and {self.output_tokens}"
+            )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request and what the engine has done for it."""
+
+    request: EngineRequest
+    order: int
+    """Order of arrival; the youngest is preempted first."""
+    state: SequenceState = SequenceState.WAITING
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose KV is in the blocks."""
+    emitted: int = 0
+    published: int = 0
+    """Leading blocks already offered to the prefix cache."""
+    local_hit_tokens: int = 0
+    """Prompt tokens found in the prefix cache when the request was admitted."""
+    external_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def known(self) -> int:
+        """Tokens that exist so far: the prompt and what has been generated."""
+        return self.request.prompt_tokens + self.emitted
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to compute before the next one can be emitted."""
+        return self.known - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next step only has the last token to compute and the prompt is done."""
+        return self.emitted > 0 and self.pending == 1
