@@ -1,0 +1,210 @@
+"""Rules across tables: what is wrong (errors) or unwise (warnings) although every key is fine by itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from conserve_broker._config_tables import (
+    TOKEN_SECRET_BYTES_MIN,
+    AdmissionTable,
+    EngineTable,
+    JournalTable,
+    LeaseTable,
+    PlacementTable,
+    ScrapeTable,
+    TokenTable,
+)
+
+
+class Tables(Protocol):
+    """The whole configuration as these rules read it."""
+
+    @property
+    def lease(self) -> LeaseTable: ...
+    @property
+    def placement(self) -> PlacementTable: ...
+    @property
+    def admission(self) -> AdmissionTable: ...
+    @property
+    def journal(self) -> JournalTable: ...
+    @property
+    def token(self) -> TokenTable: ...
+    @property
+    def scrape(self) -> ScrapeTable: ...
+    @property
+    def engine(self) -> tuple[EngineTable, ...]: ...
+
+
+def errors(config: Tables) -> list[str]:
+    """Everything that makes this configuration unusable."""
+    rules: tuple[Callable[[Tables], Iterator[str]], ...] = (
+        _duplicates,
+        _connectors,
+        _transfer_groups,
+        _models,
+        _token_keys,
+        _times,
+    )
+    return [line for rule in rules for line in rule(config)]
+
+
+def warnings(config: Tables) -> list[str]:
+    """What works, but probably not as meant."""
+    lines: list[str] = []
+    if not config.engine:
+        lines.append(
+            "engine: none is configured, so every request is refused; add [[engine]] tables (read while running)"
+        )
+    if not config.journal.path:
+        lines.append("journal.path: empty, so a restart of the broker forgets every lease; set a file")
+    lines += _hold_warnings(config)
+    if config.lease.grace_ms < config.lease.ttl_ms // 2:
+        lines.append(
+            f"lease.grace_ms: {config.lease.grace_ms} is under half of lease.ttl_ms ({config.lease.ttl_ms}); clients "
+            "renew at a third of the TTL, so leases in use may expire after a restart"
+        )
+    if config.admission.leases_per_tenant_max > config.admission.leases_max:
+        lines.append("admission.leases_per_tenant_max: above admission.leases_max, so it never applies")
+    return lines
+
+
+def _duplicates(config: Tables) -> Iterator[str]:
+    for engine_id in _repeated(engine.id for engine in config.engine):
+        yield f"engine.{engine_id}.id: used by more than one engine; give each its own id"
+    for url in _repeated(engine.url for engine in config.engine):
+        ids = ", ".join(engine.id for engine in config.engine if engine.url == url)
+        yield f"engine.url: {url} is named by {ids}; one [[engine]] per server (role 'both' where it does both)"
+
+
+def _connectors(config: Tables) -> Iterator[str]:
+    for engine in config.engine:
+        if engine.connector == "none" and engine.role == "prefiller":
+            yield (
+                f"engine.{engine.id}.connector: a prefiller without a KV connector cannot hand its KV on; start it "
+                "with one and set connector = 'nixl', or set role = 'both'"
+            )
+        if engine.connector == "none" and engine.transfer_group:
+            yield (
+                f"engine.{engine.id}.transfer_group: an engine without a KV connector moves no KV; remove the key or "
+                "set connector = 'nixl'"
+            )
+        if engine.connector == "nixl" and not engine.transfer_group:
+            yield (
+                f"engine.{engine.id}.transfer_group: must not be empty with connector = 'nixl'; name a group or set "
+                "connector = 'none'"
+            )
+
+
+def _transfer_groups(config: Tables) -> Iterator[str]:
+    groups: dict[str, list[EngineTable]] = defaultdict(list)
+    for engine in config.engine:
+        if engine.transfer_group:
+            groups[engine.transfer_group].append(engine)
+    for group, members in sorted(groups.items()):
+        facts = {"model": _model, "block_size_tokens": _block_size}
+        for key, read in facts.items():
+            known = _distinct(read(engine) for engine in members)
+            if len(known) > 1:
+                sides = "; ".join(f"{side}: {', '.join(e.id for e in members if read(e) == side)}" for side in known)
+                yield (
+                    f"engine.transfer_group: group {group!r} mixes {key} ({sides}); KV moves only between equal "
+                    "engines, so give each its own transfer_group"
+                )
+
+
+def _model(engine: EngineTable) -> str:
+    return engine.model
+
+
+def _block_size(engine: EngineTable) -> str:
+    """Empty when the engine is to say it."""
+    return str(engine.block_size_tokens or "")
+
+
+def _models(config: Tables) -> Iterator[str]:
+    models: dict[str, list[EngineTable]] = defaultdict(list)
+    for engine in config.engine:
+        models[engine.model].append(engine)
+    for model, members in sorted(models.items()):
+        hosts = [engine for engine in members if engine.role != "prefiller"]
+        prefillers = [engine for engine in members if engine.role != "decoder" and engine.transfer_group]
+        if not hosts:
+            yield (
+                f"engine.role: model {model!r} has no decoder ({', '.join(e.id for e in members)} only prefill); add "
+                "one with role = 'decoder' or 'both'"
+            )
+            continue
+        if config.placement.preset == "paper" and not prefillers:
+            yield (
+                f"placement.preset: 'paper' needs a prefiller for model {model!r}; add an engine with role = "
+                "'prefiller' or set preset = 'affinity'"
+            )
+        reachable = {engine.transfer_group for engine in hosts}
+        for engine in members:
+            if engine.role == "prefiller" and engine.transfer_group and engine.transfer_group not in reachable:
+                yield (
+                    f"engine.{engine.id}.transfer_group: no decoder of model {model!r} is in group "
+                    f"{engine.transfer_group!r}; put both into one group"
+                )
+
+
+def _token_keys(config: Tables) -> Iterator[str]:
+    for kid in _repeated(key.kid for key in config.token.keys):
+        yield f"token.keys.{kid}.kid: used by more than one key; give each its own kid"
+    for key in config.token.keys:
+        given = [key.secret is not None, key.secret_file is not None, key.secret_env is not None]
+        if sum(given) != 1:
+            yield f"token.keys.{key.kid}: set exactly one of secret, secret_file, secret_env"
+        elif key.secret is not None and len(key.secret.get_secret_value().encode()) < TOKEN_SECRET_BYTES_MIN:
+            yield (
+                f"token.keys.{key.kid}.secret: shorter than {TOKEN_SECRET_BYTES_MIN} bytes; make one with "
+                "`openssl rand -base64 48`"
+            )
+
+
+def _times(config: Tables) -> Iterator[str]:
+    scrape, lease = config.scrape, config.lease
+    if lease.ttl_ms < 3 * scrape.interval_ms:
+        yield (
+            f"lease.ttl_ms: {lease.ttl_ms} is under three scrapes ({3 * scrape.interval_ms}); raise it or lower "
+            "scrape.interval_ms"
+        )
+    if lease.park_ttl_ms > lease.ttl_ms:
+        yield f"lease.park_ttl_ms: {lease.park_ttl_ms} is above lease.ttl_ms ({lease.ttl_ms}); parking shortens a lease"
+    if scrape.suspect_after_ms < 2 * scrape.interval_ms:
+        yield (
+            f"scrape.suspect_after_ms: {scrape.suspect_after_ms} is under two scrapes ({2 * scrape.interval_ms}); one "
+            "late answer would make an engine suspect: raise it"
+        )
+    if scrape.gone_after_ms <= scrape.suspect_after_ms:
+        yield (
+            f"scrape.gone_after_ms: {scrape.gone_after_ms} must be above scrape.suspect_after_ms "
+            f"({scrape.suspect_after_ms})"
+        )
+    if scrape.observation_max_age_ms < 2 * scrape.interval_ms:
+        yield (
+            f"scrape.observation_max_age_ms: {scrape.observation_max_age_ms} is under two scrapes "
+            f"({2 * scrape.interval_ms}); raise it"
+        )
+
+
+def _hold_warnings(config: Tables) -> Iterator[str]:
+    for engine in config.engine:
+        if engine.role != "prefiller" and 0 < engine.max_hold_ms < config.lease.hold_ms:
+            yield (
+                f"lease.hold_ms: {config.lease.hold_ms} is above max_hold_ms of {engine.id} ({engine.max_hold_ms}), "
+                "which therefore holds for its own time only"
+            )
+
+
+def _repeated(values: Iterable[str]) -> Sequence[str]:
+    count: dict[str, int] = defaultdict(int)
+    for value in values:
+        count[value] += 1
+    return [value for value, times in count.items() if times > 1]
+
+
+def _distinct(values: Iterable[str]) -> Sequence[str]:
+    return list(dict.fromkeys(value for value in values if value))

@@ -1,0 +1,98 @@
+"""The secrets that sign lease tokens: from the configuration, or one random key made once beside the journal."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conserve_broker._config_errors import ConfigProblem
+from conserve_broker._config_tables import TOKEN_SECRET_BYTES_MIN, TokenKeyTable
+
+MAKE_A_SECRET = "make one with `openssl rand -base64 48`"
+_OWN_KID = "journal"
+_OWN_BYTES = 48
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKey:
+    """One key for lease tokens; its secret never shows in `repr`."""
+
+    kid: str
+    secret: bytes = field(repr=False)
+
+
+def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool = True) -> tuple[TokenKey, ...]:
+    """The keys to sign (the first) and to verify (all) with.
+
+    Without configured keys: the key file beside the journal, which is made when `create` is set and it is missing; a
+    random key for this process where there is no journal, so that its tokens end with it.
+
+    Raises:
+        ConfigProblem: a secret is missing, too short or unreadable.
+    """
+    if keys:
+        return tuple(TokenKey(key.kid, _long_enough(key, _read(key))) for key in keys)
+    if not journal_path:
+        return (TokenKey("memory", secrets.token_bytes(_OWN_BYTES)),)
+    return (TokenKey(_OWN_KID, _own_secret(Path(f"{journal_path}.key"), create=create)),)
+
+
+def _read(key: TokenKeyTable) -> bytes:
+    if key.secret is not None:
+        return key.secret.get_secret_value().encode()
+    if key.secret_env is not None:
+        value = os.environ.get(key.secret_env)
+        if value is None:
+            raise ConfigProblem([f"token.keys.{key.kid}.secret_env: {key.secret_env} is not set in the environment"])
+        return value.strip().encode()
+    try:
+        return Path(str(key.secret_file)).read_bytes().strip()
+    except OSError as error:
+        raise ConfigProblem(
+            [f"token.keys.{key.kid}.secret_file: cannot read {key.secret_file} ({error.strerror}); correct the path"]
+        ) from error
+
+
+def _long_enough(key: TokenKeyTable, secret: bytes) -> bytes:
+    if len(secret) < TOKEN_SECRET_BYTES_MIN:
+        raise ConfigProblem(
+            [f"token.keys.{key.kid}: the secret has under {TOKEN_SECRET_BYTES_MIN} bytes; {MAKE_A_SECRET}"]
+        )
+    return secret
+
+
+def _own_secret(path: Path, *, create: bool) -> bytes:
+    try:
+        if not path.exists():
+            if not create:
+                return secrets.token_bytes(_OWN_BYTES)
+            _write_once(path)
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ConfigProblem(
+            [f"token.keys: cannot keep a key in {path} ({error.strerror}); make its folder writable or set token.keys"]
+        ) from error
+    if len(secret) < TOKEN_SECRET_BYTES_MIN:
+        raise ConfigProblem(
+            [f"token.keys: {path} holds no key; delete it (leases in use are granted anew) and restart"]
+        )
+    return secret
+
+
+def _write_once(path: Path) -> None:
+    """Write the file whole or not at all, so that a crash leaves no short key."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(_OWN_BYTES))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        os.link(draft, path)  # unlike rename it never replaces a key that another process made meanwhile
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
