@@ -1,0 +1,252 @@
+"""Reads a response while it passes by: first token, gaps between tokens, usage, tool names, how it ended.
+
+It is fed the bytes that the application gets and changes none of them. Pure: instants come from the caller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from conserve_sdk._kind import Kind
+from conserve_sdk.telemetry import TBT_SAMPLES_MAX
+
+__all__ = ["TurnFacts", "TurnTracker"]
+
+_BODY_BYTES_MAX = 32_000_000
+"""A non-streamed answer above this is passed on but not read."""
+_EVENT_BYTES_MAX = 8_000_000
+"""A single event above this ends the reading (not the stream)."""
+_TOOL_NAMES_MAX = 64
+_TOOL_ITEM_TYPES = frozenset({"function_call", "custom_tool_call", "mcp_call"})
+_TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call")
+_FINAL_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnFacts:
+    """What a response said about its turn.
+
+    Attributes:
+        first_token_us: instant of the first token, None when none was seen.
+        gaps_us: times between the events that carried tokens; empty unless streamed.
+        prompt_tokens, completion_tokens, cached_tokens: `usage`; 0 when the engine gave none.
+        finish_reason: the engine's word (`stop`, `tool_calls`, `length`; `completed` and such for responses).
+        tool_names: tools the model called, in order of appearance.
+        response_id: the engine's id of the response.
+        complete: whether the answer came whole (a stream: its end marker was seen).
+        error: message of an error the engine put into the stream or body.
+        error_status: its HTTP-like code, 0 without one.
+    """
+
+    first_token_us: int | None = None
+    gaps_us: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = ""
+    tool_names: tuple[str, ...] = ()
+    response_id: str = ""
+    complete: bool = False
+    error: str = ""
+    error_status: int = 0
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the turn asks for tools, so that the conversation's answer is still to come."""
+        return bool(self.tool_names) or self.finish_reason in ("tool_calls", "function_call")
+
+
+class TurnTracker:
+    """Follows one response.
+
+    Args:
+        kind: the route that was called.
+        streamed: whether the response is a stream of server-sent events.
+    """
+
+    def __init__(self, kind: Kind, *, streamed: bool) -> None:
+        self._kind = kind
+        self._streamed = streamed
+        self._buffer = bytearray()
+        self._deaf = False
+        self._last_us: int | None = None
+        self._first_us: int | None = None
+        self._gaps: list[int] = []
+        self._tools: list[str] = []
+        self._usage: Mapping[str, Any] = {}
+        self._finish = ""
+        self._response_id = ""
+        self._error = ""
+        self._error_status = 0
+        self._done = False
+
+    @property
+    def saw_end(self) -> bool:
+        """Whether the stream's end marker has passed: what is left in the connection is framing."""
+        return self._done
+
+    @property
+    def error_status(self) -> int:
+        """Code of an error the engine put into the stream, 0 so far."""
+        return self._error_status
+
+    def feed(self, chunk: bytes, *, now_us: int) -> None:
+        """Look at bytes that arrived at `now_us`."""
+        if self._deaf or not chunk:
+            return
+        if not self._streamed:
+            if self._first_us is None:
+                self._first_us = now_us
+            self._buffer += chunk
+            self._deaf = len(self._buffer) > _BODY_BYTES_MAX
+            return
+        self._buffer += chunk
+        for payload in self._events():
+            self._event(payload, now_us)
+        if len(self._buffer) > _EVENT_BYTES_MAX:
+            self._deaf = True
+            self._buffer.clear()
+
+    def end(self) -> None:
+        """The response's last byte has passed."""
+        if self._streamed or self._deaf:
+            return
+        data = _json_object(bytes(self._buffer))
+        self._buffer.clear()
+        if data is None:
+            return
+        self._done = True
+        self._read_error(data)
+        self._read_whole(data)
+
+    def facts(self) -> TurnFacts:
+        """Everything seen so far."""
+        details = self._usage.get("prompt_tokens_details") or self._usage.get("input_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+        return TurnFacts(
+            first_token_us=self._first_us if not self._error else None,
+            gaps_us=tuple(self._gaps),
+            prompt_tokens=_count(self._usage.get("prompt_tokens", self._usage.get("input_tokens"))),
+            completion_tokens=_count(self._usage.get("completion_tokens", self._usage.get("output_tokens"))),
+            cached_tokens=_count(cached),
+            finish_reason=self._finish,
+            tool_names=tuple(self._tools),
+            response_id=self._response_id,
+            complete=self._done,
+            error=self._error,
+            error_status=self._error_status,
+        )
+
+    # ---- streams ----------------------------------------------------------------------------------------------
+
+    def _events(self) -> Iterable[bytes]:
+        """Cut complete lines off the buffer; each `data:` line is one payload (vLLM writes one line per event)."""
+        cut = self._buffer.rfind(b"\n") + 1
+        if not cut:
+            return
+        lines = bytes(self._buffer[:cut]).splitlines()
+        del self._buffer[:cut]
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+    def _event(self, payload: bytes, now_us: int) -> None:
+        if payload == b"[DONE]":
+            self._done = True
+            return
+        data = _json_object(payload)
+        if data is None:
+            return
+        self._read_error(data)
+        has_token = self._read_response_event(data) if self._kind is Kind.RESPONSES else self._read_chunk(data)
+        if has_token:
+            self._token(now_us)
+
+    def _token(self, now_us: int) -> None:
+        if self._last_us is None:
+            self._first_us = now_us
+        elif len(self._gaps) < TBT_SAMPLES_MAX:
+            self._gaps.append(max(now_us - self._last_us, 0))
+        self._last_us = now_us
+
+    def _read_chunk(self, data: Mapping[str, Any]) -> bool:
+        self._response_id = self._response_id or str(data.get("id") or "")
+        self._read_usage(data)
+        has_token = False
+        for choice in _objects(data.get("choices")):
+            self._finish = str(choice.get("finish_reason") or self._finish)
+            if self._kind is Kind.COMPLETIONS:
+                has_token = has_token or bool(choice.get("text"))
+                continue
+            delta = choice.get("delta")
+            if isinstance(delta, dict):
+                has_token = has_token or any(delta.get(name) for name in _TOKEN_FIELDS)
+                self._read_tools(delta)
+        return has_token
+
+    def _read_response_event(self, data: Mapping[str, Any]) -> bool:
+        name = str(data.get("type") or "")
+        if name in _FINAL_EVENTS:
+            self._done = True
+        response = data.get("response")
+        if isinstance(response, dict):
+            self._response_id = str(response.get("id") or self._response_id)
+            if name in _FINAL_EVENTS:
+                self._read_whole(response)
+        return name.endswith(".delta") and bool(data.get("delta"))
+
+    # ---- both -------------------------------------------------------------------------------------------------
+
+    def _read_whole(self, data: Mapping[str, Any]) -> None:
+        self._response_id = str(data.get("id") or self._response_id)
+        self._read_usage(data)
+        if self._kind is Kind.RESPONSES:
+            self._finish = str(data.get("status") or self._finish)
+            for item in _objects(data.get("output")):
+                if item.get("type") in _TOOL_ITEM_TYPES:
+                    self._add_tool(item.get("name"))
+            return
+        for choice in _objects(data.get("choices")):
+            self._finish = str(choice.get("finish_reason") or self._finish)
+            message = choice.get("message")
+            if isinstance(message, dict):
+                self._read_tools(message)
+
+    def _read_tools(self, message: Mapping[str, Any]) -> None:
+        for call in _objects(message.get("tool_calls")):
+            function = call.get("function")
+            self._add_tool(function.get("name") if isinstance(function, dict) else None)
+
+    def _add_tool(self, name: object) -> None:
+        if isinstance(name, str) and name and len(self._tools) < _TOOL_NAMES_MAX:
+            self._tools.append(name)
+
+    def _read_usage(self, data: Mapping[str, Any]) -> None:
+        usage = data.get("usage")
+        if isinstance(usage, dict):
+            self._usage = usage
+
+    def _read_error(self, data: Mapping[str, Any]) -> None:
+        error = data.get("error")
+        if isinstance(error, dict):
+            self._error = str(error.get("message") or error.get("type") or "error")
+            self._error_status = _count(error.get("code")) or 500
+
+
+def _json_object(payload: bytes) -> dict[str, Any] | None:
+    try:
+        data = json.loads(payload)
+    except ValueError:
+        return None  # not ours to judge: the application gets the same bytes
+    return data if isinstance(data, dict) else None
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
