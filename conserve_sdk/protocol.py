@@ -22,6 +22,11 @@ Millis = Annotated[int, Field(ge=0, le=86_400_000)]
 
 REPORTS_MAX = 500
 RENEWALS_MAX = 500
+BODY_BYTES_MAX = 4 * 1024 * 1024
+"""Longest request body the broker reads: a full batch of reports with tokens of the longest allowed size fits."""
+
+LEASE_SCHEME = "Lease"
+"""`Authorization: Lease <token>` on the routes of one lease that have no body (read, release)."""
 
 
 class _Wire(BaseModel):
@@ -237,6 +242,46 @@ class EngineInfo(_Wire):
     backlog_tokens: int
     prefill_rate_tokens_per_s: int
     observed_ago_ms: int | None
+    block_size_tokens: int = 0
+    max_model_len_tokens: int = 0
+
+
+class EngineList(_Wire):
+    """Answer to `GET /v1/engines`, ordered by id."""
+
+    engines: tuple[EngineInfo, ...]
+
+
+class LeaseExplanation(_Wire):
+    """Answer to `GET /v1/leases/{id}/explain`: why the lease stands where it does, and how it does now. No token.
+
+    Attributes:
+        decision: the receipt of the placement, with the numbers as they were then.
+        decoder_now: the decoder as the broker sees it now; None when it left the fleet.
+    """
+
+    lease_id: str
+    epoch: int
+    tenant: str
+    conversation_id: str
+    lineage: str
+    model: str
+    mode: Literal["migrate", "local"]
+    prefiller: Binding | None
+    decoder: Binding
+    granted_ago_ms: int
+    expires_in_ms: int
+    ttl_ms: int
+    hold_ms: int
+    ledger_tokens: int
+    activity: Literal["busy", "idle", "parked"]
+    activity_for_ms: int
+    turns: int
+    migrations: int
+    supersedes: str | None
+    decision: DecisionInfo
+    decoder_now: EngineInfo | None
+    prefiller_now: EngineInfo | None
 
 
 class FleetInfo(_Wire):

@@ -1,0 +1,92 @@
+"""Handlers of the two batches: reports and renewals. Each entry stands alone; one bad token spoils nothing else."""
+
+from __future__ import annotations
+
+from conserve_sdk._desk.leases import status_of
+from conserve_sdk._desk.outcome import Reply
+from conserve_sdk._desk.problems import ProblemRaised
+from conserve_sdk._desk.visit import HolderEvent, Visit
+from conserve_sdk.core.events import EngineFailureReported, LeaseRenewed, TurnFinished, TurnStarted
+from conserve_sdk.core.units import EngineId, Incarnation, Ms, Tokens
+from conserve_sdk.protocol import (
+    BatchAnswer,
+    EngineFailureReport,
+    LeaseStatus,
+    RenewalBatch,
+    ReportBatch,
+    TurnFinishedReport,
+    TurnStartedReport,
+)
+from conserve_sdk.tokens import LeaseClaims, TokenError, read_unverified
+
+AnyReport = TurnStartedReport | TurnFinishedReport | EngineFailureReport
+
+
+def take_reports(visit: Visit, body: ReportBatch) -> Reply:
+    """`POST /v1/reports`."""
+    return Reply(status=200, body=BatchAnswer(results=tuple(_reported(visit, report) for report in body.reports)))
+
+
+def renew_leases(visit: Visit, body: RenewalBatch) -> Reply:
+    """`POST /v1/renewals`."""
+    return Reply(status=200, body=BatchAnswer(results=tuple(_renewed(visit, token) for token in body.tokens)))
+
+
+def _reported(visit: Visit, report: AnyReport) -> LeaseStatus:
+    try:
+        claims = visit.claims(report.token)
+    except ProblemRaised as problem:
+        return _rejected(report.token, problem)
+    if isinstance(report, EngineFailureReport):
+        if not claims.names_engine(report.engine_id):
+            # Only an engine that the lease binds may be accused with it; else any holder could empty the fleet.
+            return LeaseStatus(lease_id=claims.lease_id, verdict="bad_token")
+        visit.apply(
+            EngineFailureReported(
+                now_ms=visit.now_ms,
+                engine_id=EngineId(report.engine_id),
+                incarnation=Incarnation(report.incarnation),
+                detail=f"{report.phase}: {report.detail}" if report.detail else report.phase,
+            )
+        )
+    return status_of(visit, claims, visit.tell(claims, _event_of(visit, claims, report)))
+
+
+def _renewed(visit: Visit, token: str) -> LeaseStatus:
+    try:
+        claims = visit.claims(token)
+    except ProblemRaised as problem:
+        return _rejected(token, problem)
+    event = LeaseRenewed(now_ms=visit.now_ms, lease_id=claims.lease_id)
+    return status_of(visit, claims, visit.tell(claims, event))
+
+
+def _event_of(visit: Visit, claims: LeaseClaims, report: AnyReport) -> HolderEvent:
+    now_ms, lease_id = visit.now_ms, claims.lease_id
+    if isinstance(report, TurnStartedReport):
+        return TurnStarted(now_ms=now_ms, lease_id=lease_id, input_tokens=Tokens(report.input_tokens))
+    if isinstance(report, EngineFailureReport):
+        return LeaseRenewed(now_ms=now_ms, lease_id=lease_id)  # a sign of life, like every report
+    prefill_engine_id = report.prefill_engine_id
+    if prefill_engine_id is not None and not claims.names_engine(prefill_engine_id):
+        prefill_engine_id = None  # what the lease does not bind, its holder cannot have measured
+    return TurnFinished(
+        now_ms=now_ms,
+        lease_id=lease_id,
+        context_tokens=Tokens(report.prompt_tokens + report.completion_tokens),
+        prompt_tokens=Tokens(report.prompt_tokens),
+        prompt_bytes=report.prompt_bytes,
+        cached_tokens=Tokens(report.cached_tokens),
+        prefill_ms=Ms(report.prefill_ms),
+        prefill_engine_id=None if prefill_engine_id is None else EngineId(prefill_engine_id),
+        migrated=report.migrated,
+        idle=report.idle,
+    )
+
+
+def _rejected(token: str, raised: ProblemRaised) -> LeaseStatus:
+    try:
+        lease_id = str(read_unverified(token).lease_id)
+    except TokenError:
+        lease_id = ""
+    return LeaseStatus(lease_id=lease_id, verdict="unknown" if raised.problem.code == "lease_unknown" else "bad_token")

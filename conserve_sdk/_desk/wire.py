@@ -1,0 +1,145 @@
+"""From the core's dataclasses to the wire models; nothing is decided here."""
+
+from __future__ import annotations
+
+from conserve_sdk.core import Broker, EngineView
+from conserve_sdk.core.lease import EngineBinding, Lease
+from conserve_sdk.core.receipt import CandidateView, Receipt
+from conserve_sdk.core.units import EngineId, Ms
+from conserve_sdk.protocol import (
+    Binding,
+    CandidateInfo,
+    DecisionInfo,
+    EngineInfo,
+    FleetInfo,
+    LeaseExplanation,
+    LeaseGrant,
+)
+
+RENEWALS_PER_TTL = 3
+"""Clients renew at a third of the TTL, so that two lost renewals in a row cost nothing."""
+
+
+def binding_info(binding: EngineBinding) -> Binding:
+    """One engine as a lease names it."""
+    return Binding(engine_id=binding.engine_id, url=binding.url, incarnation=binding.incarnation)
+
+
+def decision_info(receipt: Receipt) -> DecisionInfo:
+    """A placement's receipt."""
+    return DecisionInfo(
+        preset=receipt.preset,
+        rule=receipt.rule,
+        prefill_rule=receipt.prefill_rule,
+        need_tokens=receipt.need_tokens,
+        waited_ms=receipt.waited_ms,
+        candidates=tuple(_candidate_info(candidate) for candidate in receipt.candidates),
+    )
+
+
+def _candidate_info(candidate: CandidateView) -> CandidateInfo:
+    return CandidateInfo(
+        engine_id=candidate.engine_id,
+        role=candidate.role,
+        verdict=candidate.verdict,
+        capacity_tokens=candidate.capacity_tokens,
+        leased_tokens=candidate.leased_tokens,
+        used_tokens=candidate.used_tokens,
+        backlog_tokens=candidate.backlog_tokens,
+        running=candidate.running,
+        rate_tokens_per_s=candidate.rate_tokens_per_s,
+        score_us=candidate.score_us,
+    )
+
+
+def lease_grant(lease: Lease, *, token: str, now_ms: Ms, reused: bool) -> LeaseGrant:
+    """A live lease as its holder gets it."""
+    return LeaseGrant(
+        lease_id=lease.lease_id,
+        epoch=lease.epoch,
+        tenant=lease.key.tenant,
+        conversation_id=lease.key.conversation_id,
+        lineage=lease.key.lineage,
+        model=lease.key.model,
+        mode=lease.mode.value,
+        prefiller=None if lease.prefiller is None else binding_info(lease.prefiller),
+        decoder=binding_info(lease.decoder),
+        ttl_ms=lease.ttl_ms,
+        expires_in_ms=lease.expires_at_ms - now_ms,
+        renew_after_ms=lease.ttl_ms // RENEWALS_PER_TTL,
+        hold_ms=lease.hold_ms,
+        append_threshold_tokens=lease.append_threshold_tokens,
+        supersedes=lease.supersedes,
+        migrations=lease.migrations,
+        turns=lease.turns,
+        activity=lease.activity.value,
+        reused=reused,
+        token=token,
+        decision=decision_info(lease.receipt),
+    )
+
+
+def explanation(lease: Lease, core: Broker, *, now_ms: Ms) -> LeaseExplanation:
+    """A live lease as an operator reads it."""
+    views = {view.spec.engine_id: engine_info(view, now_ms=now_ms) for view in core.engines()}
+    return LeaseExplanation(
+        lease_id=lease.lease_id,
+        epoch=lease.epoch,
+        tenant=lease.key.tenant,
+        conversation_id=lease.key.conversation_id,
+        lineage=lease.key.lineage,
+        model=lease.key.model,
+        mode=lease.mode.value,
+        prefiller=None if lease.prefiller is None else binding_info(lease.prefiller),
+        decoder=binding_info(lease.decoder),
+        granted_ago_ms=now_ms - lease.granted_at_ms,
+        expires_in_ms=lease.expires_at_ms - now_ms,
+        ttl_ms=lease.ttl_ms,
+        hold_ms=lease.hold_ms,
+        ledger_tokens=lease.ledger_tokens,
+        activity=lease.activity.value,
+        activity_for_ms=now_ms - lease.activity_since_ms,
+        turns=lease.turns,
+        migrations=lease.migrations,
+        supersedes=lease.supersedes,
+        decision=decision_info(lease.receipt),
+        decoder_now=views.get(lease.decoder.engine_id),
+        prefiller_now=views.get(lease.prefiller.engine_id if lease.prefiller else EngineId("")),
+    )
+
+
+def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
+    """One engine as the broker sees it."""
+    return EngineInfo(
+        engine_id=view.spec.engine_id,
+        url=view.spec.url,
+        role=view.spec.role.value,
+        model=view.spec.model,
+        state=view.state.value,
+        detail=view.detail,
+        incarnation=view.incarnation,
+        transfer_group=view.spec.transfer_group,
+        kv_capacity_tokens=view.kv_capacity_tokens,
+        kv_used_tokens=view.kv_used_tokens,
+        kv_leased_tokens=view.kv_leased_tokens,
+        leases=view.leases,
+        running=view.running,
+        waiting=view.waiting,
+        backlog_tokens=view.backlog_tokens,
+        prefill_rate_tokens_per_s=view.rate_tokens_per_s,
+        observed_ago_ms=None if view.observed_at_ms is None else now_ms - view.observed_at_ms,
+        block_size_tokens=view.block_size_tokens,
+        max_model_len_tokens=view.max_model_len_tokens,
+    )
+
+
+def fleet_info(core: Broker, *, preset: str, now_ms: Ms) -> FleetInfo:
+    """The fleet and the broker's main counters."""
+    return FleetInfo(
+        preset=preset,
+        engines=tuple(engine_info(view, now_ms=now_ms) for view in core.engines()),
+        leases=core.lease_count(),
+        waiting_requests=core.waiting(),
+        migrations_total=core.counters.migrations,
+        grants_total=core.counters.granted,
+    )
