@@ -1,0 +1,1 @@
+"""`conserve demo`: the main job, from the agents down to the engines, with every figure observed."""
