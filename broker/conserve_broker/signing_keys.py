@@ -10,7 +10,7 @@ from pathlib import Path
 from conserve_broker._config_errors import ConfigProblem
 from conserve_broker._config_tables import TOKEN_SECRET_BYTES_MIN, TokenKeyTable
 
-MAKE_A_SECRET = "make one with `openssl rand -base64 48`"
+HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 48`"
 _OWN_KID = "journal"
 _OWN_BYTES = 48
 
@@ -58,7 +58,7 @@ def _read(key: TokenKeyTable) -> bytes:
 def _long_enough(key: TokenKeyTable, secret: bytes) -> bytes:
     if len(secret) < TOKEN_SECRET_BYTES_MIN:
         raise ConfigProblem(
-            [f"token.keys.{key.kid}: the secret has under {TOKEN_SECRET_BYTES_MIN} bytes; {MAKE_A_SECRET}"]
+            [f"token.keys.{key.kid}: the secret has under {TOKEN_SECRET_BYTES_MIN} bytes; {HOW_TO_MAKE_ONE}"]
         )
     return secret
 

@@ -1,0 +1,282 @@
+"""The journal: what the broker must still know after a crash, durable before it answers.
+
+Natural group commit: one writer thread commits whatever queued up while the previous commit ran, so that an idle
+broker waits for one fsync and a busy one shares it among hundreds of changes. Renewals are not journalled; the grace
+after a restart covers them.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from conserve_broker._journal_file import JournalError, JournalFile
+from conserve_broker._lease_codec import decode, encode
+from conserve_sdk.core.events import LeaseDropped, LeaseStored
+from conserve_sdk.core.lease import Lease
+from conserve_sdk.core.units import EngineId, LeaseId
+
+__all__ = ["DrainFlag", "Journal", "JournalError", "JournalPort", "MemoryJournal", "Recovery", "open_journal"]
+
+_RETRY_S = 1.0
+_GROUP_MAX = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class DrainFlag:
+    """An operator drained (or undrained) an engine; that outlives a restart of the broker."""
+
+    engine_id: EngineId
+    draining: bool
+
+
+Change = LeaseStored | LeaseDropped | DrainFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What was found at the start, ordered by id."""
+
+    leases: tuple[Lease, ...]
+    draining: tuple[EngineId, ...]
+
+
+class JournalPort(Protocol):
+    """What the broker needs of a journal."""
+
+    @property
+    def failure(self) -> str:
+        """Why the last write failed; empty when the journal is in order."""
+
+    def load(self) -> Recovery:
+        """Everything that is stored."""
+
+    def submit(self, changes: Sequence[Change]) -> Future[None]:
+        """Make the changes durable, in order and all together; the future ends when they are."""
+
+    def close(self) -> None:
+        """Write what is queued and give the file back."""
+
+    def abandon(self) -> None:
+        """Stop as a crash would: what is queued is lost, what was acknowledged is kept."""
+
+
+def open_journal(path: str) -> JournalPort:
+    """The journal of a configuration: a file, or memory for an empty path.
+
+    Raises:
+        JournalError: the file cannot be used; the message says why and what to do.
+    """
+    return Journal.open(path) if path else MemoryJournal()
+
+
+class Journal:
+    """A journal in one SQLite file. `submit` may be called from any thread.
+
+    After a failed write (disk full, say) the changes are kept and tried again every second together with newer ones,
+    so that file and memory agree again as soon as the disk does.
+    """
+
+    def __init__(self, file: JournalFile) -> None:
+        self._file = file
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending = _Pending()
+        self._failure = ""
+        self._lock = threading.Lock()
+        self._closed = False
+        self._abandoned = False
+        self._writer = threading.Thread(target=self._write_groups, name="conserve-journal", daemon=True)
+        self._writer_started = False
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open or make the file and lock it.
+
+        Raises:
+            JournalError: it belongs to somebody else, is damaged, read-only, newer, or in use by another broker.
+        """
+        return cls(JournalFile(Path(path)))
+
+    @property
+    def failure(self) -> str:
+        """Why the last write failed; empty when the journal is in order."""
+        return self._failure
+
+    def load(self) -> Recovery:
+        """Everything that is stored. Called once, before the first `submit`.
+
+        Raises:
+            JournalError: the file cannot be read or holds rows of an unknown form.
+        """
+        if self._writer_started:
+            raise JournalError("journal: load() comes before the first submit()")
+        try:
+            with _collector_paused():
+                leases = tuple([decode(row) for row in self._file.rows()])
+        except ValueError as error:
+            raise JournalError(f"journal: holds a row of an unknown form ({error}); move the file away") from error
+        return Recovery(leases, tuple(EngineId(engine_id) for engine_id in self._file.draining()))
+
+    def submit(self, changes: Sequence[Change]) -> Future[None]:
+        """Make the changes durable, in order and all together; the future ends when they are.
+
+        The future carries a `JournalError` when the write failed or the journal is closed; it cannot be cancelled.
+        """
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                done.set_exception(JournalError("journal: is closed"))
+                return done
+            if not self._writer_started:
+                self._writer_started = True
+                self._writer.start()
+            self._queue.put(_Job(tuple(changes), done))
+        return done
+
+    def close(self) -> None:
+        """Write what is queued and give the file back. Safe to call twice."""
+        self._stop()
+
+    def abandon(self) -> None:
+        """Stop as a crash would: what is queued is lost, what was acknowledged is kept."""
+        self._abandoned = True
+        self._stop()
+
+    def _stop(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
+        if self._writer_started:
+            self._writer.join()
+        self._file.close()
+
+    def _write_groups(self) -> None:
+        while True:
+            jobs, last = self._next_group()
+            if jobs or self._pending:
+                self._commit(jobs)
+            if last:
+                return
+
+    def _next_group(self) -> tuple[list[_Job], bool]:
+        """Everything that is queued, after waiting for the first; True when the journal is closing."""
+        jobs: list[_Job] = []
+        try:
+            job = self._queue.get(timeout=_RETRY_S if self._pending else None)
+            while job is not None:
+                jobs.append(job)
+                if len(jobs) >= _GROUP_MAX:
+                    return jobs, False
+                job = self._queue.get_nowait()
+        except queue.Empty:
+            return jobs, False
+        return jobs, True
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        error: JournalError | None = None
+        if self._abandoned:
+            error = JournalError("journal: was abandoned")
+        else:
+            try:
+                for job in jobs:
+                    self._pending.add(job.changes)
+                self._file.write(self._pending.leases, self._pending.drains)
+            except JournalError as failure:
+                error = failure
+                self._failure = str(failure)
+            except Exception as fault:  # noqa: BLE001  # whatever it is, the callers that wait must hear of it
+                error = JournalError(f"journal: a change could not be written and is left out ({fault!r})")
+                self._failure = str(error)
+                self._pending = _Pending()
+            else:
+                self._failure = ""
+                self._pending = _Pending()
+        for job in jobs:
+            if error is None:
+                job.done.set_result(None)
+            else:
+                job.done.set_exception(error)
+
+
+class MemoryJournal:
+    """The same without a file: a restart forgets everything, unless the object is handed on (tests)."""
+
+    failure = ""
+
+    def __init__(self) -> None:
+        self._leases: dict[LeaseId, Lease] = {}
+        self._drains: dict[EngineId, bool] = {}
+
+    def load(self) -> Recovery:
+        """Everything that was submitted so far."""
+        draining = tuple(sorted(engine_id for engine_id, on in self._drains.items() if on))
+        return Recovery(tuple(self._leases[lease_id] for lease_id in sorted(self._leases)), draining)
+
+    def submit(self, changes: Sequence[Change]) -> Future[None]:
+        """Remember the changes; the future has ended already."""
+        for change in changes:
+            match change:
+                case LeaseStored(lease=lease):
+                    self._leases[lease.lease_id] = lease
+                case LeaseDropped(lease=lease):
+                    self._leases.pop(lease.lease_id, None)
+                case DrainFlag(engine_id=engine_id, draining=draining):
+                    self._drains[engine_id] = draining
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def abandon(self) -> None:
+        """Nothing to lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    changes: tuple[Change, ...]
+    done: Future[None]
+
+
+class _Pending:
+    """Changes on their way to the file; the last one per lease and engine counts."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, str | None] = {}
+        self.drains: dict[str, bool] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.leases or self.drains)
+
+    def add(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            match change:
+                case LeaseStored(lease=lease):
+                    self.leases[lease.lease_id] = encode(lease)
+                case LeaseDropped(lease=lease):
+                    self.leases[lease.lease_id] = None
+                case DrainFlag(engine_id=engine_id, draining=draining):
+                    self.drains[engine_id] = draining
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Reading 100 000 leases makes only long-lived objects: a collection in between finds nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
