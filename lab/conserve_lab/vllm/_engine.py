@@ -37,8 +37,8 @@ class EngineSpec:
         max_model_tokens: Longest prompt plus answer.
         kv_cache_bytes: Size of its KV cache; it must hold one `max_model_tokens` at least.
         max_sequences: Most requests in one batch.
-        hold_ms: How long a decoder keeps a turn's blocks when asked to by `do_remote_decode`; on a prefiller, how
-            long blocks wait to be fetched.
+        hold_ms: How long a decoder keeps a turn's blocks when asked to by `do_remote_decode`. A prefiller's blocks
+            wait vLLM's own 30 s for whoever fetches them.
     """
 
     engine_id: EngineId
@@ -136,9 +136,9 @@ def _transfer_config(spec: EngineSpec) -> dict[str, Any]:
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": KV_ROLES[spec.role],
-        "kv_connector_extra_config": {"kv_lease_duration": spec.hold_ms // 1000},
     }
     if spec.role != "prefiller":
+        config["kv_connector_extra_config"] = {"kv_lease_duration": spec.hold_ms // 1000}
         # A failed transfer then costs a local prefill; with vLLM's default it is an HTTP 500.
         config["kv_load_failure_policy"] = "recompute"
     return config
