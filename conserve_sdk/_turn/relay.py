@@ -1,0 +1,47 @@
+"""Requests that are no turns: the list of models, a tokenizer call, a stored response."""
+
+from __future__ import annotations
+
+import httpx2
+
+from conserve_sdk._bodies import wire_path
+from conserve_sdk._turn.budget import Budget
+from conserve_sdk._turn.effects import Flow, Opened, open_response
+from conserve_sdk._turn.kit import TurnKit
+from conserve_sdk._turn.wire import engine_request
+from conserve_sdk.core.units import ConversationId
+from conserve_sdk.errors import EngineUnavailable
+from conserve_sdk.protocol import Binding
+
+__all__ = ["relay_flow"]
+
+
+def relay_flow(
+    kit: TurnKit, *, original: httpx2.Request, content: bytes, conversation: ConversationId | None, budget: Budget
+) -> Flow[Opened]:
+    """Send a request that needs no lease to an engine that is known to be there.
+
+    Raises:
+        EngineUnavailable: no engine is known yet.
+    """
+    engine = _known_engine(kit, conversation)
+    path = wire_path(original.url.path)
+    if engine is None:
+        raise EngineUnavailable(
+            f"no engine is known yet for {original.method} {path}: make a completion first, or set fallback_engines"
+        )
+    request = engine_request(original, base=engine.url, path=path, content=content, timeout=budget.hop(), headers={})
+    return (yield from open_response(request))
+
+
+def _known_engine(kit: TurnKit, conversation: ConversationId | None) -> Binding | None:
+    """The conversation's own decoder (stored responses live there), else any leased one, else a fallback engine."""
+    now_ms = kit.now_ms()
+    own = kit.registry.views(conversation, now_ms=now_ms) if conversation is not None else ()
+    grants = [view.grant for view in own if view.live and view.grant is not None]
+    grants = grants or kit.registry.live_grants(now_ms=now_ms)
+    if grants:
+        return grants[0].decoder
+    if kit.options.fallback_engines:
+        return kit.fallback_engine(conversation or "", attempt=0)
+    return None

@@ -1,0 +1,69 @@
+"""Requests to engines: where they go and which headers they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+
+from conserve_sdk.identity import HEADER_SESSION
+
+__all__ = ["HEADER_LEASE", "SESSION_CHARS_MAX", "engine_request", "engine_url"]
+
+HEADER_LEASE = "X-ConServe-Lease"
+"""Carries the lease token to the engine, for a guard there; stock engines ignore it."""
+SESSION_CHARS_MAX = 255
+
+_INTERNAL_PREFIX = b"x-conserve-"
+_REPLACED = frozenset(
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"accept-encoding",  # the tracker reads the bytes that pass by, so they must come as they are
+        HEADER_SESSION.lower().encode(),
+    }
+)
+
+
+def engine_url(base: str, path: str, *, query: bytes = b"") -> httpx2.URL:
+    """Where `path` is on an engine whose address is `base`, with or without a trailing `/v1`."""
+    root = httpx2.URL(base)
+    prefix = root.raw_path.split(b"?")[0].decode("ascii").rstrip("/")
+    if path.startswith("/v1/"):
+        prefix = prefix.removesuffix("/v1")
+    target = f"{prefix}{path}".encode("ascii")
+    return root.copy_with(raw_path=target + (b"?" + query if query else b""))
+
+
+def engine_request(
+    original: httpx2.Request,
+    *,
+    base: str,
+    path: str,
+    content: bytes,
+    timeout: Mapping[str, float | None],
+    headers: Mapping[str, str],
+) -> httpx2.Request:
+    """Build the request for an engine out of the application's.
+
+    The application's headers go along, except those that speak of the connection and all that ConServe uses
+    internally; `headers` are set on top.
+    """
+    kept = [
+        (name, value)
+        for name, value in original.headers.raw
+        if name.lower() not in _REPLACED and not name.lower().startswith(_INTERNAL_PREFIX)
+    ]
+    extensions: dict[str, Any] = {**original.extensions, "timeout": dict(timeout)}
+    request = httpx2.Request(
+        original.method,
+        engine_url(base, path, query=original.url.query),
+        headers=kept,
+        content=content,
+        extensions=extensions,
+    )
+    request.headers["Accept-Encoding"] = "identity"
+    request.headers.update(headers)
+    return request
