@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from conserve_broker._config_tables import (
-    TOKEN_SECRET_BYTES_MIN,
     AdmissionTable,
     EngineTable,
     JournalTable,
@@ -16,6 +15,7 @@ from conserve_broker._config_tables import (
     ScrapeTable,
     TokenTable,
 )
+from conserve_sdk.tokens import SECRET_BYTES_MIN
 
 
 class Tables(Protocol):
@@ -157,9 +157,9 @@ def _token_keys(config: Tables) -> Iterator[str]:
         given = [key.secret is not None, key.secret_file is not None, key.secret_env is not None]
         if sum(given) != 1:
             yield f"token.keys.{key.kid}: set exactly one of secret, secret_file, secret_env"
-        elif key.secret is not None and len(key.secret.get_secret_value().encode()) < TOKEN_SECRET_BYTES_MIN:
+        elif key.secret is not None and len(key.secret.get_secret_value().encode()) < SECRET_BYTES_MIN:
             yield (
-                f"token.keys.{key.kid}.secret: shorter than {TOKEN_SECRET_BYTES_MIN} bytes; make one with "
+                f"token.keys.{key.kid}.secret: shorter than {SECRET_BYTES_MIN} bytes; make one with "
                 "`openssl rand -base64 48`"
             )
 

@@ -20,9 +20,6 @@ Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][
 NIXL_HOLD_MS = 30_000
 """`kv_lease_duration` of vLLM's NIXL connector where its extra config does not say otherwise (vLLM 0.32)."""
 
-TOKEN_SECRET_BYTES_MIN = 32
-"""A key for HS256 is at least as long as its hash (RFC 7518, section 3.2)."""
-
 
 class Table(BaseModel):
     """One table: immutable, unknown keys are errors, docstrings below the keys are their descriptions."""
@@ -162,7 +159,7 @@ class EngineTable(Table):
     model: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[\x21-\x7e]+$")]
     """Model name as `/v1/models` of the engine lists it and clients ask for it."""
     connector: Literal["nixl", "none"] = "nixl"
-    """`nixl`, or `none` for an engine started without `--kv-transfer-config`."""
+    """`nixl` (vLLM's `NixlConnector`), or `none` for an engine started without `--kv-transfer-config`."""
     transfer_group: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] = Field(
         default_factory=lambda engine: "default" if engine["connector"] == "nixl" else ""
     )
@@ -179,6 +176,12 @@ class EngineTable(Table):
     """The engine's own `kv_lease_duration` in milliseconds; 0: it cannot hold a finished turn's KV."""
     tier: Annotated[str, Field(max_length=64)] = ""
     """Free name of the hardware class, for reports."""
+
+    @field_validator("connector", mode="before")
+    @classmethod
+    def _class_name(cls, connector: object) -> object:
+        """Take the name that vLLM's own `kv_connector` flag has, too."""
+        return "nixl" if connector == "NixlConnector" else "none" if connector is None else connector
 
     @field_validator("url")
     @classmethod

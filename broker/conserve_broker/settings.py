@@ -30,10 +30,10 @@ from conserve_broker._config_tables import (
     TokenTable,
     to_ppm,
 )
-from conserve_broker.signing_keys import TokenKey
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms
+from conserve_sdk.tokens import SigningKey
 
 __all__ = [
     "AdmissionTable",
@@ -45,7 +45,6 @@ __all__ = [
     "ListenTable",
     "PlacementTable",
     "ScrapeTable",
-    "TokenKey",
     "TokenTable",
     "load_config",
 ]
@@ -111,7 +110,7 @@ class BrokerConfig(Table):
         """The engines as the core knows them, in the order of the file."""
         return tuple(engine.spec() for engine in self.engine)
 
-    def token_keys(self, *, create: bool = True) -> tuple[TokenKey, ...]:
+    def token_keys(self, *, create: bool = True) -> tuple[SigningKey, ...]:
         """Keys for lease tokens: the first signs, all verify; see `signing_keys.resolve`.
 
         Raises:

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from conserve_broker._config_errors import ConfigProblem
-from conserve_broker._config_tables import TOKEN_SECRET_BYTES_MIN, TokenKeyTable
+from conserve_broker._config_tables import TokenKeyTable
+from conserve_sdk.tokens import SECRET_BYTES_MIN, SigningKey
 
 HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 48`"
 _OWN_KID = "journal"
 _OWN_BYTES = 48
 
 
-@dataclass(frozen=True, slots=True)
-class TokenKey:
-    """One key for lease tokens; its secret never shows in `repr`."""
-
-    kid: str
-    secret: bytes = field(repr=False)
-
-
-def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool = True) -> tuple[TokenKey, ...]:
+def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool = True) -> tuple[SigningKey, ...]:
     """The keys to sign (the first) and to verify (all) with.
 
     Without configured keys: the key file beside the journal, which is made when `create` is set and it is missing; a
@@ -33,10 +25,10 @@ def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool 
         ConfigProblem: a secret is missing, too short or unreadable.
     """
     if keys:
-        return tuple(TokenKey(key.kid, _long_enough(key, _read(key))) for key in keys)
+        return tuple(SigningKey(kid=key.kid, secret=_long_enough(key, _read(key))) for key in keys)
     if not journal_path:
-        return (TokenKey("memory", secrets.token_bytes(_OWN_BYTES)),)
-    return (TokenKey(_OWN_KID, _own_secret(Path(f"{journal_path}.key"), create=create)),)
+        return (SigningKey(kid="memory", secret=secrets.token_bytes(_OWN_BYTES)),)
+    return (SigningKey(kid=_OWN_KID, secret=_own_secret(Path(f"{journal_path}.key"), create=create)),)
 
 
 def _read(key: TokenKeyTable) -> bytes:
@@ -56,10 +48,8 @@ def _read(key: TokenKeyTable) -> bytes:
 
 
 def _long_enough(key: TokenKeyTable, secret: bytes) -> bytes:
-    if len(secret) < TOKEN_SECRET_BYTES_MIN:
-        raise ConfigProblem(
-            [f"token.keys.{key.kid}: the secret has under {TOKEN_SECRET_BYTES_MIN} bytes; {HOW_TO_MAKE_ONE}"]
-        )
+    if len(secret) < SECRET_BYTES_MIN:
+        raise ConfigProblem([f"token.keys.{key.kid}: the secret has under {SECRET_BYTES_MIN} bytes; {HOW_TO_MAKE_ONE}"])
     return secret
 
 
@@ -74,7 +64,7 @@ def _own_secret(path: Path, *, create: bool) -> bytes:
         raise ConfigProblem(
             [f"token.keys: cannot keep a key in {path} ({error.strerror}); make its folder writable or set token.keys"]
         ) from error
-    if len(secret) < TOKEN_SECRET_BYTES_MIN:
+    if len(secret) < SECRET_BYTES_MIN:
         raise ConfigProblem(
             [f"token.keys: {path} holds no key; delete it (leases in use are granted anew) and restart"]
         )
