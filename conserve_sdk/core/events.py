@@ -74,6 +74,8 @@ class DropReason(StrEnum):
     EXPIRED = "expired"
     SUPERSEDED = "superseded"
     ENGINE_RESTARTED = "engine_restarted"
+    ENGINE_GONE = "engine_gone"
+    """The decoder stopped answering for `gone_after_ms`."""
     ENGINE_REMOVED = "engine_removed"
 
 
@@ -244,7 +246,8 @@ class TurnFinished:
         context_tokens: exact prompt + completion tokens of the turn (0: unknown, keep the ledger).
         prompt_bytes, prompt_tokens: sizes of the same prompt, to learn the tokens-per-byte ratio (0: unknown).
         cached_tokens: prompt tokens the engine had cached.
-        prefill_ms: time of the prefill where known (the prefill leg of a migration, else time to first token); 0: unknown.
+        prefill_ms: time of the prefill where known (the prefill leg of a migration, else time to first token);
+            0: unknown.
         prefill_engine_id: who prefilled.
         migrated: whether this turn moved KV.
         idle: True when the conversation now waits (tool calls or an answer given), which it does after every turn

@@ -44,12 +44,14 @@ class Receipt:
 
     Attributes:
         preset: name of the placement preset in force.
-        rule: the rule that fired for the decoder (``"most_free_kv"``, ``"hint_previous_decoder"``, ...).
-        prefill_rule: the rule that fired for the prefill engine (``"score"``, ``"below_minimum"``,
-            ``"always_prefiller"``, ``"no_prefiller"``, ``"no_common_transfer_group"``, ...).
+        rule: the rule that fired for the decoder: ``"most_free_kv"``, ``"hint"``, or the refusal's reason.
+        prefill_rule: the rule that fired for the prefill engine: ``"score"``, ``"always_prefiller"``,
+            ``"below_minimum"``, ``"never"``, ``"no_prefiller"``, the verdict all prefillers share
+            (``"no_common_transfer_group"``, ``"suspect"``, ...) or ``"no_usable_prefiller"``; empty in a refusal.
         need_tokens: tokens that were to be admitted.
         waited_ms: time spent in the queue.
-        candidates: engines that were weighed, ordered by role and id.
+        candidates: engines that were weighed, ordered by role and id; the best ones where there were more than
+            `BrokerSettings.receipt_candidates_max` per role.
     """
 
     preset: str

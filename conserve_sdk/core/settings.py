@@ -77,6 +77,8 @@ class BrokerSettings:
         leases_max, queue_max, leases_per_tenant_max: bounds (invariant 9).
         wait_max_ms: longest time a request may wait for admission.
         retry_after_ms: what a refused client is told at least.
+        backlog_max_age_ms: a dispatched prefill nobody reported on stops counting after this long.
+        receipt_candidates_max: engines a receipt lists per role (the chosen one always); bounds memory per lease.
     """
 
     placement: PlacementSettings = field(default_factory=lambda: DEFAULT)
@@ -92,3 +94,5 @@ class BrokerSettings:
     queue_max: int = 10_000
     wait_max_ms: Ms = Ms(120_000)
     retry_after_ms: Ms = Ms(1_000)
+    backlog_max_age_ms: Ms = Ms(30_000)
+    receipt_candidates_max: int = 8

@@ -1,0 +1,266 @@
+"""Requests for leases: grant, re-grant, supersede, wait, refuse.
+
+One request is answered exactly once, by `Granted` or `Refused`; `Waiting` only announces that the answer comes later.
+A waiting request is answered as soon as it fits and is its tenant's first in line, and refused at its deadline, where
+it gets a last look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conserve_sdk.core._state import State
+from conserve_sdk.core.admission import Pending, Replacing
+from conserve_sdk.core.events import (
+    DropReason,
+    Granted,
+    LeaseRequested,
+    RefusalReason,
+    Refused,
+    RequestCancelled,
+    SupersedeRequested,
+    Waiting,
+)
+from conserve_sdk.core.lease import Activity, EngineBinding, Lease, Mode
+from conserve_sdk.core.placement import NoPlacement, Placement, Wanted, place, refusal_receipt
+from conserve_sdk.core.units import MILLION, EngineId, Incarnation, LeaseId, Ms, Tokens
+from conserve_sdk.core.views import EngineView
+
+
+def request_lease(state: State, event: LeaseRequested) -> None:
+    """Grant, or re-grant the live lease of the key."""
+    _take(state, _pending(state, event, lease_id=event.lease_id, hint=event.hint))
+
+
+def supersede(state: State, event: SupersedeRequested) -> None:
+    """Replace a lease, if it is still the live one with this epoch; else answer the one that is."""
+    pending = _pending(
+        state,
+        event,
+        lease_id=event.new_lease_id,
+        replacing=Replacing(lease_id=event.lease_id, epoch=event.epoch),
+        failed_engine_id=event.failed_engine_id,
+    )
+    _take(state, pending)
+
+
+def cancel(state: State, event: RequestCancelled) -> None:
+    """The caller went away: its request leaves the queue unanswered, and the next in line may fit."""
+    if state.queue.remove(event.request_id) is not None:
+        state.room_may_have_appeared = True
+
+
+def admit_waiting(state: State) -> None:
+    """Try the heads of the queue as long as room may have appeared (one answer may make room for the next)."""
+    while state.room_may_have_appeared:
+        state.room_may_have_appeared = False
+        state.queue.serve(lambda pending: _tried(state, pending) is None)
+
+
+def refuse_overdue(state: State) -> None:
+    """Refuse every waiting request whose deadline has come; whoever stood behind it gets a look first."""
+    while (pending := state.queue.first_overdue(state.now_ms)) is not None:
+        _refuse(state, pending, _why_not(state, pending))
+        admit_waiting(state)
+
+
+def answer_waiting(state: State, lease: Lease) -> None:
+    """Everyone who waits for this key gets this lease."""
+    for pending in state.queue.of_key(lease.key):
+        _reuse(state, pending, lease)
+
+
+def _pending(
+    state: State,
+    event: LeaseRequested | SupersedeRequested,
+    *,
+    lease_id: LeaseId,
+    hint: EngineId | None = None,
+    replacing: Replacing | None = None,
+    failed_engine_id: EngineId | None = None,
+) -> Pending:
+    exact = event.first_turn_input_tokens > 0
+    estimate = state.ratios.tokens(event.key.model, event.first_turn_input_bytes)
+    return Pending(
+        request_id=event.request_id,
+        lease_id=lease_id,
+        key=event.key,
+        input_tokens=event.first_turn_input_tokens if exact else estimate,
+        exact=exact,
+        asked_at_ms=event.now_ms,
+        deadline_at_ms=Ms(min(event.deadline_at_ms, event.now_ms + state.settings.wait_max_ms)),
+        hint=hint,
+        replacing=replacing,
+        failed_engine_id=failed_engine_id,
+    )
+
+
+# ---- trying -------------------------------------------------------------------------------------------------
+
+
+def _take(state: State, pending: Pending) -> None:
+    assert pending.request_id not in state.queue, f"request {pending.request_id} already waits"
+    assert state.leases.get(pending.lease_id) is None, f"lease id {pending.lease_id} is already live"
+    live = _live_answer(state, pending)
+    if live is not None:
+        _reuse(state, pending, live)
+        return
+    ahead = state.queue.ahead_of(pending.key)
+    if ahead == 0:
+        unfit = _tried(state, pending)
+        if unfit is None:
+            return
+    if pending.deadline_at_ms <= state.now_ms:
+        _refuse(state, pending, _why_not(state, pending))
+    elif len(state.queue) >= state.settings.queue_max:
+        _refuse(state, pending, _bounded(RefusalReason.QUEUE_FULL, "the queue is full: retry, or raise queue_max"))
+    else:
+        state.queue.add(pending)
+        state.out.append(Waiting(request_id=pending.request_id, position=ahead + 1))
+
+
+def _tried(state: State, pending: Pending) -> NoPlacement | None:
+    """Answer a request whose turn it is; returns why not when it must wait."""
+    if _over_bounds(state, pending):
+        _refuse(state, pending, _bounded(RefusalReason.TOO_MANY_LEASES, "too many live leases: release some, retry"))
+        return None
+    outcome = _placed(state, pending)
+    if isinstance(outcome, Placement):
+        _grant(state, pending, outcome)
+    elif outcome.hopeless:
+        _refuse(state, pending, outcome)
+    else:
+        return outcome
+    return None
+
+
+def _placed(state: State, pending: Pending) -> Placement | NoPlacement:
+    engines = state.fleet.views_of_model(pending.key.model)
+    return place(_wanted(state, pending), engines, settings=state.settings, now_ms=state.now_ms)
+
+
+def _why_not(state: State, pending: Pending) -> NoPlacement:
+    outcome = _placed(state, pending)
+    if isinstance(outcome, NoPlacement):
+        return outcome
+    return _bounded(RefusalReason.NO_CAPACITY, "earlier requests wait before it: retry with a longer wait_ms")
+
+
+def _bounded(reason: RefusalReason, detail: str) -> NoPlacement:
+    return NoPlacement(reason=reason, detail=detail, hopeless=False, need_tokens=Tokens(0), verdicts={})
+
+
+def _wanted(state: State, pending: Pending) -> Wanted:
+    replaced = _replaced(state, pending)
+    return Wanted(
+        model=pending.key.model,
+        input_tokens=pending.input_tokens,
+        exact=pending.exact,
+        hint=pending.hint,
+        failed_engine_id=pending.failed_engine_id,
+        freed_engine_id=None if replaced is None else replaced.decoder.engine_id,
+        freed_tokens=Tokens(0) if replaced is None else replaced.ledger_tokens,
+        waited_ms=state.now_ms - pending.asked_at_ms,
+    )
+
+
+def _over_bounds(state: State, pending: Pending) -> bool:
+    if _replaced(state, pending) is not None:
+        return False
+    settings = state.settings
+    return (
+        len(state.leases) >= settings.leases_max
+        or state.leases.count_of(pending.key.tenant) >= settings.leases_per_tenant_max
+    )
+
+
+def _replaced(state: State, pending: Pending) -> Lease | None:
+    """The live lease this request replaces: compare-and-set on id and epoch."""
+    live = state.leases.live_of(pending.key)
+    if live is None or pending.replacing is None:
+        return None
+    return live if (live.lease_id, live.epoch) == (pending.replacing.lease_id, pending.replacing.epoch) else None
+
+
+def _live_answer(state: State, pending: Pending) -> Lease | None:
+    """The live lease that answers this request as it is."""
+    return None if _replaced(state, pending) is not None else state.leases.live_of(pending.key)
+
+
+# ---- answering ----------------------------------------------------------------------------------------------
+
+
+def _grant(state: State, pending: Pending, placement: Placement) -> None:
+    state.queue.remove(pending.request_id)
+    replaced = _replaced(state, pending)
+    if replaced is not None:
+        state.drop(replaced, DropReason.SUPERSEDED)
+    lease = _new_lease(state, pending, placement)
+    state.enter(lease)
+    state.fleet.dispatch_prefill(lease, tokens=placement.input_tokens, now_ms=state.now_ms)
+    state.store(lease)
+    state.counters.granted += 1
+    state.out.append(Granted(request_id=pending.request_id, lease=lease, reused=False))
+    answer_waiting(state, lease)
+
+
+def _new_lease(state: State, pending: Pending, placement: Placement) -> Lease:
+    prefiller, replacing = placement.prefiller, pending.replacing
+    return Lease(
+        lease_id=pending.lease_id,
+        key=pending.key,
+        epoch=1 if replacing is None else replacing.epoch + 1,
+        mode=Mode.LOCAL if prefiller is None else Mode.MIGRATE,
+        prefiller=None if prefiller is None else _binding(prefiller),
+        decoder=_binding(placement.decoder),
+        granted_at_ms=state.now_ms,
+        ttl_ms=state.settings.ttl_ms,
+        expires_at_ms=state.expiry_ms(state.settings.ttl_ms),
+        ledger_tokens=placement.need_tokens,
+        hold_ms=_hold_ms(state, placement),
+        append_threshold_tokens=Tokens(0),
+        supersedes=None if replacing is None else replacing.lease_id,
+        receipt=placement.receipt,
+        activity_since_ms=state.now_ms,
+    )
+
+
+def _binding(view: EngineView) -> EngineBinding:
+    return EngineBinding(engine_id=view.engine_id, url=view.spec.url, incarnation=view.incarnation or Incarnation(""))
+
+
+def _hold_ms(state: State, placement: Placement) -> Ms:
+    """How long the decoder may hold this lease's blocks: not at all once holding leases would fill its share."""
+    decoder, settings = placement.decoder, state.settings
+    holding = decoder.kv_holding_tokens + placement.need_tokens
+    if holding * MILLION > settings.hold_share_ppm * decoder.kv_capacity_tokens:
+        return Ms(0)
+    return min(settings.hold_ms, decoder.spec.max_hold_ms)
+
+
+def _reuse(state: State, pending: Pending, lease: Lease) -> None:
+    """Answer with a live lease: it lives on, and a parked one is back in use."""
+    state.queue.remove(pending.request_id)
+    extended = state.extend(lease)
+    if extended.activity is Activity.PARKED:
+        before, extended = extended, replace(extended, activity=Activity.BUSY, activity_since_ms=state.now_ms)
+        state.update(before, extended)
+    state.counters.reused += 1
+    state.out.append(Granted(request_id=pending.request_id, lease=extended, reused=True))
+
+
+def _refuse(state: State, pending: Pending, why: NoPlacement) -> None:
+    if state.queue.remove(pending.request_id) is not None:
+        state.room_may_have_appeared = True
+    engines = state.fleet.views_of_model(pending.key.model)
+    receipt = refusal_receipt(_wanted(state, pending), why, engines, settings=state.settings)
+    state.counters.refused[why.reason] += 1
+    state.out.append(
+        Refused(
+            request_id=pending.request_id,
+            reason=why.reason,
+            detail=why.detail,
+            retry_after_ms=Ms(0) if why.hopeless else state.settings.retry_after_ms,
+            receipt=receipt,
+        )
+    )

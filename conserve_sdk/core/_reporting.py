@@ -1,0 +1,182 @@
+"""What happens to a live lease: renewals, reports, park, release; and leases that come back from token or journal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conserve_sdk.core._granting import answer_waiting
+from conserve_sdk.core._state import State
+from conserve_sdk.core.events import (
+    DropReason,
+    EngineState,
+    LeaseAnswered,
+    LeaseDropped,
+    LeaseParked,
+    LeaseReadopted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseVerdict,
+    Recovered,
+    TurnFinished,
+    TurnStarted,
+)
+from conserve_sdk.core.lease import Activity, Lease, Mode
+from conserve_sdk.core.units import LeaseId, Ms, Tokens
+
+
+def renew(state: State, event: LeaseRenewed) -> None:
+    """Extend a lease. A parked one stays parked: only a turn or a new request brings it back."""
+    lease = _live(state, event.lease_id)
+    if lease is None:
+        return
+    state.counters.renewed += 1
+    state.answer_ok(lease if lease.activity is Activity.PARKED else state.extend(lease))
+
+
+def turn_started(state: State, event: TurnStarted) -> None:
+    """The conversation is busy; what is sent will be in the KV cache, so the ledger is at least that."""
+    lease = _live(state, event.lease_id)
+    if lease is None:
+        return
+    lease = state.extend(lease)
+    ledger_tokens = Tokens(max(lease.ledger_tokens, event.input_tokens))
+    if lease.activity is not Activity.BUSY or ledger_tokens != lease.ledger_tokens:
+        lease = _change(state, lease, activity=Activity.BUSY, ledger_tokens=ledger_tokens)
+    state.answer_ok(lease)
+
+
+def turn_finished(state: State, event: TurnFinished) -> None:
+    """The ledger is exact again; rates and ratios learn from the turn."""
+    lease = _live(state, event.lease_id)
+    if lease is None:
+        return
+    _learn(state, lease, event)
+    lease = state.extend(lease)
+    # A lease moves its KV at most once, whatever is reported (invariant 2).
+    migrations = 1 if lease.migrations or (event.migrated and lease.mode is Mode.MIGRATE) else 0
+    state.counters.migrations += migrations - lease.migrations
+    lease = _change(
+        state,
+        lease,
+        activity=Activity.IDLE if event.idle else Activity.BUSY,
+        ledger_tokens=event.context_tokens or lease.ledger_tokens,
+        turns=lease.turns + 1,
+        migrations=migrations,
+    )
+    state.answer_ok(lease)
+
+
+def park(state: State, event: LeaseParked) -> None:
+    """Shorten the lease's life; parking twice does not lengthen it again."""
+    lease = _live(state, event.lease_id)
+    if lease is None:
+        return
+    state.counters.parked += 1
+    if lease.activity is not Activity.PARKED:
+        expires_at_ms = Ms(min(lease.expires_at_ms, state.expiry_ms(state.settings.park_ttl_ms)))
+        lease = _change(state, replace(lease, expires_at_ms=expires_at_ms), activity=Activity.PARKED)
+    state.answer_ok(lease)
+
+
+def release(state: State, event: LeaseReleased) -> None:
+    """The conversation is over."""
+    lease = _live(state, event.lease_id)
+    if lease is None:
+        return
+    state.drop(lease, DropReason.RELEASED)
+    state.answer_ok(lease)
+
+
+def readopt(state: State, event: LeaseReadopted) -> None:
+    """Put a lease back that its holder's token proves, unless this broker knows better."""
+    lease = event.lease
+    live = state.leases.get(lease.lease_id)
+    if live is not None:
+        state.answer_ok(live)
+        return
+    if state.tombstones.get(lease.lease_id) is not None or lease.expires_at_ms <= state.now_ms:
+        state.answer_dead(lease.lease_id)
+        return
+    rival = state.leases.live_of(lease.key)
+    if rival is not None and rival.epoch >= lease.epoch:
+        state.answer_superseded(lease.lease_id, lease.key)
+        return
+    verdict = _hindrance(state, lease, rival)
+    if verdict is not None:
+        state.out.append(LeaseAnswered(lease_id=lease.lease_id, verdict=verdict))
+        return
+    if rival is not None:
+        state.drop(rival, DropReason.SUPERSEDED)
+    _put_back(state, lease)
+
+
+def recover(state: State, event: Recovered) -> None:
+    """Take the journal's leases; each lives at least through the grace."""
+    state.grace_until_ms = Ms(max(state.grace_until_ms, event.now_ms + event.grace_ms))
+    state.fleet.spare_unobserved_until(state.grace_until_ms)
+    for lease in sorted(event.leases, key=lambda lease: (-lease.epoch, lease.lease_id)):
+        if state.leases.live_of(lease.key) is None:
+            state.enter(replace(lease, expires_at_ms=Ms(max(lease.expires_at_ms, state.grace_until_ms))))
+        else:
+            # A journal written by two brokers: the higher epoch is the successor.
+            state.out.append(LeaseDropped(lease=lease, reason=DropReason.SUPERSEDED))
+
+
+def _live(state: State, lease_id: LeaseId) -> Lease | None:
+    lease = state.leases.get(lease_id)
+    if lease is None:
+        state.answer_dead(lease_id)
+    return lease
+
+
+def _change(
+    state: State,
+    lease: Lease,
+    *,
+    activity: Activity,
+    ledger_tokens: Tokens | None = None,
+    turns: int | None = None,
+    migrations: int | None = None,
+) -> Lease:
+    since_ms = lease.activity_since_ms if lease.activity is activity else state.now_ms
+    changed = replace(
+        lease,
+        activity=activity,
+        activity_since_ms=since_ms,
+        ledger_tokens=lease.ledger_tokens if ledger_tokens is None else ledger_tokens,
+        turns=lease.turns if turns is None else turns,
+        migrations=lease.migrations if migrations is None else migrations,
+    )
+    state.update(lease, changed)
+    return changed
+
+
+def _learn(state: State, lease: Lease, event: TurnFinished) -> None:
+    ahead_tokens = state.fleet.finish_prefill(lease)
+    state.ratios.learn(lease.key.model, prompt_tokens=event.prompt_tokens, prompt_bytes=event.prompt_bytes)
+    engine_id = event.prefill_engine_id
+    bound = [binding.engine_id for binding in (lease.prefiller, lease.decoder) if binding is not None]
+    if engine_id is not None and engine_id in bound:
+        # The time includes the wait for what stood before, so those tokens belong to it too.
+        tokens = event.prompt_tokens - event.cached_tokens + ahead_tokens
+        state.fleet.learn_rate(engine_id, tokens=tokens, took_ms=event.prefill_ms)
+
+
+def _hindrance(state: State, lease: Lease, rival: Lease | None) -> LeaseVerdict | None:
+    decoder = state.fleet.view(lease.decoder.engine_id)
+    if decoder is None or decoder.spec.model != lease.key.model or decoder.state is EngineState.GONE:
+        return LeaseVerdict.ENGINE_LOST
+    if decoder.incarnation not in {None, lease.decoder.incarnation}:
+        return LeaseVerdict.ENGINE_LOST
+    settings, tenant = state.settings, lease.key.tenant
+    full = len(state.leases) >= settings.leases_max or state.leases.count_of(tenant) >= settings.leases_per_tenant_max
+    return LeaseVerdict.UNKNOWN if full and rival is None else None
+
+
+def _put_back(state: State, lease: Lease) -> None:
+    lease = replace(lease, expires_at_ms=Ms(max(lease.expires_at_ms, state.grace_until_ms)))
+    state.enter(lease)
+    state.store(lease)
+    state.counters.readopted += 1
+    state.answer_ok(lease)
+    answer_waiting(state, lease)

@@ -1,0 +1,152 @@
+"""The broker's state, and the few ways in which a lease enters, changes and leaves it.
+
+Every change of a lease goes through `State`, so that table, ledger, backlog, tombstones, counters and the shell's
+journal can never disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conserve_sdk.core.admission import AdmissionQueue
+from conserve_sdk.core.estimates import TokensPerByte
+from conserve_sdk.core.events import (
+    Decision,
+    DropReason,
+    EngineStateChanged,
+    LeaseAnswered,
+    LeaseDropped,
+    LeaseStored,
+    LeaseVerdict,
+)
+from conserve_sdk.core.fleet import Fleet
+from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.lease_table import LeaseTable, Tombstones
+from conserve_sdk.core.occupancy import Occupancy
+from conserve_sdk.core.settings import BrokerSettings
+from conserve_sdk.core.units import EngineId, LeaseId, Ms
+from conserve_sdk.core.views import BrokerCounters
+
+_VERDICTS = {
+    DropReason.RELEASED: LeaseVerdict.UNKNOWN,
+    DropReason.EXPIRED: LeaseVerdict.UNKNOWN,
+    DropReason.SUPERSEDED: LeaseVerdict.SUPERSEDED,
+    DropReason.ENGINE_RESTARTED: LeaseVerdict.ENGINE_LOST,
+    DropReason.ENGINE_GONE: LeaseVerdict.ENGINE_LOST,
+    DropReason.ENGINE_REMOVED: LeaseVerdict.ENGINE_LOST,
+}
+
+
+class State:
+    """What `Broker` holds between two events.
+
+    Attributes:
+        now_ms: instant of the event in hand.
+        grace_until_ms: nothing expires before it.
+        out: decisions of the event in hand, in order.
+        room_may_have_appeared: whether waiting requests deserve another try.
+    """
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self.settings = settings
+        self.now_ms = Ms(0)
+        self.grace_until_ms = Ms(0)
+        self.out: list[Decision] = []
+        self.room_may_have_appeared = False
+        self.counters = BrokerCounters()
+        self.leases = LeaseTable()
+        self.tombstones = Tombstones(entries_max=max(settings.leases_max, 1))
+        self.occupancy = Occupancy()
+        self.fleet = Fleet(settings, self.occupancy)
+        self.queue = AdmissionQueue()
+        self.ratios = TokensPerByte()
+
+    # ---- leases ----
+
+    def expiry_ms(self, span_ms: Ms) -> Ms:
+        """The instant this far from now, or the end of the grace if that is later (invariant 7)."""
+        return Ms(max(self.now_ms + span_ms, self.grace_until_ms))
+
+    def enter(self, lease: Lease) -> None:
+        """A lease goes live: granted, re-adopted or recovered."""
+        self.leases.add(lease)
+        self.occupancy.add(lease)
+        self.fleet.touch(lease.decoder.engine_id)
+
+    def store(self, lease: Lease) -> None:
+        """Have the shell write the lease's row."""
+        self.out.append(LeaseStored(lease=lease))
+
+    def update(self, before: Lease, after: Lease) -> None:
+        """A live lease changed in more than its expiry."""
+        self.leases.replace(after)
+        self.occupancy.remove(before)
+        self.occupancy.add(after)
+        self.fleet.touch(after.decoder.engine_id)
+        self.store(after)
+        if after.ledger_tokens < before.ledger_tokens:
+            self.room_may_have_appeared = True
+
+    def extend(self, lease: Lease) -> Lease:
+        """Renew: the lease lives a full TTL from now; never shorter than it did. Not journaled, grace covers it."""
+        expires_at_ms = self.expiry_ms(lease.ttl_ms)
+        if expires_at_ms <= lease.expires_at_ms:
+            return lease
+        extended = replace(lease, expires_at_ms=expires_at_ms)
+        self.leases.replace(extended)
+        return extended
+
+    def drop(self, lease: Lease, reason: DropReason) -> None:
+        """A lease ends, for whatever reason."""
+        self.leases.remove(lease.lease_id)
+        self.occupancy.remove(lease)
+        self.fleet.finish_prefill(lease)
+        self.fleet.touch(lease.decoder.engine_id)
+        keep_until_ms = Ms(max(lease.expires_at_ms, self.now_ms) + lease.ttl_ms)
+        self.tombstones.bury(lease, reason, keep_until_ms=keep_until_ms)
+        self.out.append(LeaseDropped(lease=lease, reason=reason))
+        self.room_may_have_appeared = True
+        match reason:
+            case DropReason.RELEASED:
+                self.counters.released += 1
+            case DropReason.EXPIRED:
+                self.counters.expired += 1
+            case DropReason.SUPERSEDED:
+                self.counters.superseded += 1
+
+    def drop_all_on(self, engine_id: EngineId, reason: DropReason) -> None:
+        """A decoder and with it the KV of all its leases is lost."""
+        for lease in self.leases.of_decoder(engine_id):
+            self.drop(lease, reason)
+
+    # ---- answers ----
+
+    def answer_ok(self, lease: Lease) -> None:
+        """Say yes, with the lease as it is now."""
+        self.out.append(LeaseAnswered(lease_id=lease.lease_id, verdict=LeaseVerdict.OK, lease=lease))
+
+    def answer_dead(self, lease_id: LeaseId) -> None:
+        """Say what became of a lease that is not live."""
+        ended = self.tombstones.get(lease_id)
+        if ended is None:
+            self.out.append(LeaseAnswered(lease_id=lease_id, verdict=LeaseVerdict.UNKNOWN))
+        elif ended[0] is DropReason.SUPERSEDED:
+            self.answer_superseded(lease_id, ended[1])
+        else:
+            self.out.append(LeaseAnswered(lease_id=lease_id, verdict=_VERDICTS[ended[0]]))
+
+    def answer_superseded(self, lease_id: LeaseId, key: LeaseKey) -> None:
+        """Say that another lease of the key took over, and which, if it still lives."""
+        live = self.leases.live_of(key)
+        self.out.append(
+            LeaseAnswered(
+                lease_id=lease_id,
+                verdict=LeaseVerdict.SUPERSEDED,
+                successor=None if live is None else live.lease_id,
+            )
+        )
+
+    def tell(self, changed: EngineStateChanged | None) -> None:
+        """Pass on a change of an engine's state."""
+        if changed is not None:
+            self.out.append(changed)

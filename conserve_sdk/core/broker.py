@@ -1,0 +1,118 @@
+"""The broker: one state machine that every shell runs (service, tests, simulator)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from conserve_sdk.core import _engines, _granting, _reporting, events
+from conserve_sdk.core._state import State
+from conserve_sdk.core.events import Decision, DropReason, Event
+from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.settings import BrokerSettings
+from conserve_sdk.core.units import LeaseId, ModelName, Ms, Ppm
+from conserve_sdk.core.views import BrokerCounters, EngineView
+
+_HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
+    events.EngineConfigured: _engines.configure,
+    events.EngineRemoved: _engines.remove,
+    events.EngineObserved: _engines.observe,
+    events.EngineUnreachable: _engines.unreachable,
+    events.EngineDrained: _engines.drain,
+    events.EngineFailureReported: _engines.report_failure,
+    events.LeaseRequested: _granting.request_lease,
+    events.SupersedeRequested: _granting.supersede,
+    events.RequestCancelled: _granting.cancel,
+    events.LeaseRenewed: _reporting.renew,
+    events.TurnStarted: _reporting.turn_started,
+    events.TurnFinished: _reporting.turn_finished,
+    events.LeaseParked: _reporting.park,
+    events.LeaseReleased: _reporting.release,
+    events.LeaseReadopted: _reporting.readopt,
+    events.Recovered: _reporting.recover,
+    events.TimerFired: lambda _state, _event: None,
+}
+
+
+class Broker:
+    """Decides leases. Reads no clock, draws no random number, performs no I/O.
+
+    The shell feeds events in the order in which they happened, carries out the decisions in the order in which they
+    come (rows durable before answers leave), and sends a `TimerFired` when `next_deadline_ms()` has come. The same
+    events give the same decisions, always.
+    """
+
+    def __init__(self, settings: BrokerSettings | None = None) -> None:
+        self._state = State(settings or BrokerSettings())
+
+    def apply(self, event: Event) -> list[Decision]:
+        """Take one event and return what follows from it.
+
+        What became due by ``event.now_ms`` happens first, so a renewal at the instant of expiry finds a dead lease.
+
+        Raises:
+            AssertionError: the clock went backwards, or an id was used twice: errors of the shell.
+        """
+        state = self._state
+        assert event.now_ms >= state.now_ms, f"time went backwards: {event.now_ms} after {state.now_ms}"
+        state.now_ms = event.now_ms
+        decisions: list[Decision] = []
+        state.out = decisions
+        self._advance()
+        _HANDLERS[type(event)](state, event)
+        _granting.admit_waiting(state)
+        return decisions
+
+    def next_deadline_ms(self) -> Ms | None:
+        """The next instant at which something happens by itself; always later than the last event."""
+        state = self._state
+        deadlines = (state.leases.next_expiry_ms(), state.fleet.next_deadline_ms(), state.queue.next_deadline_ms())
+        return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
+
+    # ---- reading ----
+
+    def lease(self, lease_id: LeaseId) -> Lease | None:
+        """The live lease of this id."""
+        return self._state.leases.get(lease_id)
+
+    def live_lease_of(self, key: LeaseKey) -> Lease | None:
+        """The live lease of this key."""
+        return self._state.leases.live_of(key)
+
+    def leases(self) -> Iterator[Lease]:
+        """All live leases, in the order in which they went live; not to be kept over an `apply`."""
+        return iter(self._state.leases)
+
+    def lease_count(self) -> int:
+        """How many leases live."""
+        return len(self._state.leases)
+
+    def engines(self) -> tuple[EngineView, ...]:
+        """The configured engines, ordered by id."""
+        return self._state.fleet.views()
+
+    def waiting(self) -> int:
+        """How many requests wait for admission."""
+        return len(self._state.queue)
+
+    @property
+    def counters(self) -> BrokerCounters:
+        """A copy of the totals since the start."""
+        counters = self._state.counters
+        return replace(counters, refused=dict(counters.refused))
+
+    def tokens_per_byte_ppm(self, model: ModelName) -> Ppm:
+        """The ratio that turns prompt bytes into tokens for a model, as observed so far."""
+        return self._state.ratios.ppm(model)
+
+    # ---- inside ----
+
+    def _advance(self) -> None:
+        state = self._state
+        state.tombstones.prune(state.now_ms)
+        while (lease := state.leases.first_expired(state.now_ms)) is not None:
+            state.drop(lease, DropReason.EXPIRED)
+        _engines.advance(state)
+        _granting.admit_waiting(state)
+        _granting.refuse_overdue(state)

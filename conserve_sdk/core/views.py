@@ -1,0 +1,92 @@
+"""What others may read of the broker: one frozen view per engine, and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from conserve_sdk.core.events import EngineSpec, EngineState, RefusalReason
+from conserve_sdk.core.units import EngineId, Incarnation, Ms, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView:
+    """One engine as the broker sees it now. Placement reads nothing else.
+
+    Attributes:
+        spec: its configuration.
+        state: only `READY` engines get new leases.
+        detail: why the state is what it is, and what to do about it; empty when `READY`.
+        draining: whether draining was asked for, whatever the state.
+        incarnation: as last observed; None before the first observation.
+        observed_at_ms: instant of the last successful scrape; None before the first.
+        kv_capacity_tokens: configured, else observed capacity; 0 while unknown.
+        kv_used_tokens: KV occupancy last scraped.
+        kv_leased_tokens: sum of the live leases' ledgers.
+        kv_holding_tokens: the part of `kv_leased_tokens` whose leases ask the engine to hold blocks between turns.
+        leases: live leases that name it as decoder.
+        busy: how many of those are in a turn.
+        running, waiting: requests in the engine's own scheduler, last scraped.
+        backlog_tokens: uncached prompt tokens dispatched to it whose first token was not yet seen.
+        rate_tokens_per_s: observed prefill rate, or the configured default.
+        block_size_tokens, max_model_len_tokens: observed, else configured; 0 while unknown.
+    """
+
+    spec: EngineSpec
+    state: EngineState
+    detail: str = ""
+    draining: bool = False
+    incarnation: Incarnation | None = None
+    observed_at_ms: Ms | None = None
+    kv_capacity_tokens: Tokens = Tokens(0)
+    kv_used_tokens: Tokens = Tokens(0)
+    kv_leased_tokens: Tokens = Tokens(0)
+    kv_holding_tokens: Tokens = Tokens(0)
+    leases: int = 0
+    busy: int = 0
+    running: int = 0
+    waiting: int = 0
+    backlog_tokens: Tokens = Tokens(0)
+    rate_tokens_per_s: int = 1
+    block_size_tokens: Tokens = Tokens(0)
+    max_model_len_tokens: Tokens = Tokens(0)
+
+    @property
+    def engine_id(self) -> EngineId:
+        """The engine's id."""
+        return self.spec.engine_id
+
+    def observed_within(self, max_age_ms: Ms, *, now_ms: Ms) -> bool:
+        """Whether the last observation is at most this old (invariant 6)."""
+        return self.observed_at_ms is not None and now_ms - self.observed_at_ms <= max_age_ms
+
+
+def _no_refusals() -> dict[RefusalReason, int]:
+    return dict.fromkeys(RefusalReason, 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class BrokerCounters:
+    """Totals since the broker started.
+
+    Attributes:
+        granted: new leases, those that supersede another included.
+        reused: requests answered with a lease that was already live.
+        readopted: leases put back by their token.
+        superseded, released, expired: leases that ended so.
+        parked, renewed: answered with OK.
+        migrations: leases whose one KV transfer was reported.
+        engine_restarts: changes of incarnation seen.
+        refused: by reason.
+    """
+
+    granted: int = 0
+    reused: int = 0
+    readopted: int = 0
+    superseded: int = 0
+    released: int = 0
+    expired: int = 0
+    parked: int = 0
+    renewed: int = 0
+    migrations: int = 0
+    engine_restarts: int = 0
+    refused: dict[RefusalReason, int] = field(default_factory=_no_refusals)
