@@ -1,36 +1,42 @@
-"""Calls to the broker, in both colours over the same builders and parsers."""
+"""Calls to the broker, in both colours over the same builders and parsers.
+
+The only place where tenacity is used: every call here may be repeated (acquire and supersede are idempotent, reports
+and renewals are hints), which is not true of a turn.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import httpx2
+import tenacity
 
+from conserve_sdk import _broker_calls as calls
+from conserve_sdk._broker_attempts import Attempts, BrokerUrls
+from conserve_sdk._broker_calls import BrokerCall, TryAgain
+from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._tls import verify_for
+from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import BatchAnswer, LeaseGrant, LeaseRequest, RenewalBatch, ReportBatch, SupersedeRequest
 
-__all__ = ["AsyncBrokerClient", "BrokerCall", "SyncBrokerClient"]
+__all__ = ["AsyncBrokerClient", "SyncBrokerClient"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerCall:
-    """One request to the broker, not yet sent."""
-
-    method: str
-    path: str
-    json: Mapping[str, Any] | None
-    timeout_s: float
-    headers: Mapping[str, str]
+_T = TypeVar("_T")
+_Make = Callable[[int], BrokerCall]
+_Parse = Callable[[BrokerCall, httpx2.Response], _T]
 
 
 class SyncBrokerClient:
-    """Blocking calls. Thread-safe; connections are dropped in a forked child.
+    """Blocking calls. Thread-safe; connections are dropped in a forked child. Environment proxies are not used.
 
     Args:
-        broker_urls: tried in order, the last one that answered first.
+        broker_urls: tried in order; the one that answered last is asked first.
         api_key: sent as `Authorization: Bearer`.
         transport: replaces the network (tests); never closed from here.
         sleep, clock, jitter: replace time (tests); seconds.
@@ -38,6 +44,9 @@ class SyncBrokerClient:
     Every call raises `BrokerUnavailable` when no broker answered within the budget, `ProtocolError` for an answer
     that makes no sense, and `LeaseExpired` / `LeaseLost` where the broker says so.
     """
+
+    _client: httpx2.Client | None
+    _lock: threading.Lock
 
     def __init__(
         self,
@@ -49,7 +58,17 @@ class SyncBrokerClient:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        raise NotImplementedError
+        self._brokers = BrokerUrls(broker_urls)
+        self._headers = _headers(api_key)
+        self._transport = transport
+        self._sleep, self._clock, self._jitter = sleep, clock, jitter
+        self._start_afresh()
+        call_in_forked_child(self._start_afresh)
+
+    @property
+    def broker_urls(self) -> tuple[str, ...]:
+        """The brokers, in the order given."""
+        return self._brokers.urls
 
     def acquire(self, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
         """Ask for a lease; `request.wait_ms` of the budget may pass in the broker's queue.
@@ -57,7 +76,12 @@ class SyncBrokerClient:
         Raises:
             LeaseRefused: not admitted within `wait_ms`.
         """
-        raise NotImplementedError
+        return self._perform(
+            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms),
+            calls.parse_grant,
+            budget_ms=budget_ms,
+            patience_ms=request.wait_ms,
+        )
 
     def supersede(self, lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> LeaseGrant:
         """Replace a lease whose engine failed.
@@ -65,31 +89,81 @@ class SyncBrokerClient:
         Raises:
             LeaseRefused: not admitted within `wait_ms`.
         """
-        raise NotImplementedError
+        return self._perform(
+            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms),
+            calls.parse_grant,
+            budget_ms=budget_ms,
+            patience_ms=request.wait_ms,
+        )
 
     def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """Tell that the conversation waits for a human."""
-        raise NotImplementedError
+        self._perform(lambda _: calls.park_call(lease_id, token), calls.check, budget_ms=budget_ms)
 
     def release(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """Give a lease back. One that is gone already is no error."""
-        raise NotImplementedError
+        self._perform(lambda _: calls.release_call(lease_id, token), _check_released, budget_ms=budget_ms)
 
     def report(self, batch: ReportBatch, *, budget_ms: int = 2_000) -> BatchAnswer:
         """Send a batch of reports; results in the same order."""
-        raise NotImplementedError
+        parse = _batch_parser(len(batch.reports))
+        return self._perform(lambda _: calls.report_call(batch), parse, budget_ms=budget_ms)
 
     def renew(self, batch: RenewalBatch, *, budget_ms: int = 2_000) -> BatchAnswer:
         """Renew leases by their tokens; results in the same order."""
-        raise NotImplementedError
+        parse = _batch_parser(len(batch.tokens))
+        return self._perform(lambda _: calls.renew_call(batch), parse, budget_ms=budget_ms)
 
     def close(self) -> None:
-        """Close the connections. Idempotent."""
-        raise NotImplementedError
+        """Close the connections. Idempotent; a later call opens new ones."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None and self._transport is None:
+            client.close()
+
+    def _start_afresh(self) -> None:
+        # In a forked child the sockets are the parent's: forget them without a goodbye on the wire.
+        self._lock = threading.Lock()
+        self._client = None
+
+    def _http(self) -> httpx2.Client:
+        with self._lock:
+            if self._client is None:
+                transport = self._transport or httpx2.HTTPTransport(verify=verify_for(self._brokers.urls))
+                self._client = httpx2.Client(transport=transport, headers=self._headers)
+            return self._client
+
+    def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
+        attempts = Attempts(
+            self._brokers, budget_ms=budget_ms, patience_ms=patience_ms, clock=self._clock, jitter=self._jitter
+        )
+
+        def attempt() -> _T:
+            client, call = self._http(), make(attempts.wait_left_ms())
+            try:
+                response = client.send(attempts.request(client, call))
+            except httpx2.TransportError as exc:
+                raise attempts.unanswered(exc) from exc
+            return attempts.answered(parse(call, response))
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TryAgain),
+            stop=attempts.is_over,
+            wait=attempts.pause_s,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except TryAgain as last:
+            raise last.error from last.__cause__
 
 
 class AsyncBrokerClient:
-    """The same calls as coroutines; usable from several event loops. See `SyncBrokerClient`."""
+    """The same calls as coroutines; usable from several event loops. See `SyncBrokerClient`.
+
+    Keeps no idle connections: the broker is asked once per conversation, and an idle socket would outlive its loop.
+    """
 
     def __init__(
         self,
@@ -97,35 +171,116 @@ class AsyncBrokerClient:
         *,
         api_key: str | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        raise NotImplementedError
+        self._brokers = BrokerUrls(broker_urls)
+        self._headers = _headers(api_key)
+        self._transport = transport
+        self._sleep, self._clock, self._jitter = sleep, clock, jitter
+        self._start_afresh()
+        call_in_forked_child(self._start_afresh)
 
     async def acquire(self, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
         """See `SyncBrokerClient.acquire`."""
-        raise NotImplementedError
+        return await self._perform(
+            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms),
+            calls.parse_grant,
+            budget_ms=budget_ms,
+            patience_ms=request.wait_ms,
+        )
 
     async def supersede(self, lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> LeaseGrant:
         """See `SyncBrokerClient.supersede`."""
-        raise NotImplementedError
+        return await self._perform(
+            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms),
+            calls.parse_grant,
+            budget_ms=budget_ms,
+            patience_ms=request.wait_ms,
+        )
 
     async def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """See `SyncBrokerClient.park`."""
-        raise NotImplementedError
+        await self._perform(lambda _: calls.park_call(lease_id, token), calls.check, budget_ms=budget_ms)
 
     async def release(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """See `SyncBrokerClient.release`."""
-        raise NotImplementedError
+        await self._perform(lambda _: calls.release_call(lease_id, token), _check_released, budget_ms=budget_ms)
 
     async def report(self, batch: ReportBatch, *, budget_ms: int = 2_000) -> BatchAnswer:
         """See `SyncBrokerClient.report`."""
-        raise NotImplementedError
+        parse = _batch_parser(len(batch.reports))
+        return await self._perform(lambda _: calls.report_call(batch), parse, budget_ms=budget_ms)
 
     async def renew(self, batch: RenewalBatch, *, budget_ms: int = 2_000) -> BatchAnswer:
         """See `SyncBrokerClient.renew`."""
-        raise NotImplementedError
+        parse = _batch_parser(len(batch.tokens))
+        return await self._perform(lambda _: calls.renew_call(batch), parse, budget_ms=budget_ms)
 
     async def aclose(self) -> None:
-        """Close this loop's client. Idempotent."""
-        raise NotImplementedError
+        """Close this loop's client. Idempotent; a later call opens a new one."""
+        with self._lock:
+            client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None and self._transport is None:
+            await client.aclose()
+
+    def _start_afresh(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def _http(self) -> httpx2.AsyncClient:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            client = self._clients.get(loop)
+            if client is None:
+                transport = self._transport or httpx2.AsyncHTTPTransport(
+                    verify=verify_for(self._brokers.urls), limits=httpx2.Limits(max_keepalive_connections=0)
+                )
+                client = self._clients[loop] = httpx2.AsyncClient(transport=transport, headers=self._headers)
+            return client
+
+    async def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
+        attempts = Attempts(
+            self._brokers, budget_ms=budget_ms, patience_ms=patience_ms, clock=self._clock, jitter=self._jitter
+        )
+
+        async def attempt() -> _T:
+            client, call = self._http(), make(attempts.wait_left_ms())
+            try:
+                response = await client.send(attempts.request(client, call))
+            except httpx2.TransportError as exc:
+                raise attempts.unanswered(exc) from exc
+            return attempts.answered(parse(call, response))
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(TryAgain),
+            stop=attempts.is_over,
+            wait=attempts.pause_s,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return await retrying(attempt)
+        except TryAgain as last:
+            raise last.error from last.__cause__
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _batch_parser(expected: int) -> _Parse[BatchAnswer]:
+    def parse(call: BrokerCall, response: httpx2.Response) -> BatchAnswer:
+        return calls.parse_batch(call, response, expected=expected)
+
+    return parse
+
+
+def _check_released(call: BrokerCall, response: httpx2.Response) -> None:
+    try:
+        calls.check(call, response)
+    except (LeaseExpired, LeaseLost):
+        return  # not ours any more, which is what was asked for

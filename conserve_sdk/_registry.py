@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk.core.units import ConversationId, EngineId, LeaseId, LineageId, ModelName
 from conserve_sdk.protocol import LeaseGrant, LeaseStatus
 
 __all__ = ["FirstTurnClaim", "LeaseRef", "LeaseRegistry", "LeaseView", "TurnSlot"]
+
+IN_USE_MAX_MS = 1_800_000
+"""A lease whose tool (or abandoned stream) gives no sign for this long is not renewed any more."""
+
+RENEW_AFTER_MIN_MS = 100
+"""However short a life a broker grants, a process does not renew more often than this."""
 
 
 class LeaseRef(NamedTuple):
@@ -31,16 +41,16 @@ class LeaseView:
         live: whether turns may use it: neither expired nor lost.
         lost: why it was lost: empty, `unknown`, `superseded`, `engine_lost`, `bad_token` (the broker's verdict) or
             what the caller of `mark_lost` said.
-        migrated: whether its single KV transfer is done (or was given up).
+        migrated: whether its single KV transfer is done or no more due (local mode, or turns were served already).
         turns: turns begun in the lineage so far.
     """
 
     ref: LeaseRef
-    grant: LeaseGrant | None
-    live: bool
-    lost: str
-    migrated: bool
-    turns: int
+    grant: LeaseGrant | None = None
+    live: bool = False
+    lost: str = ""
+    migrated: bool = False
+    turns: int = 0
 
     @property
     def hint_engine_id(self) -> EngineId | None:
@@ -75,72 +85,278 @@ class FirstTurnClaim:
     future: Future[LeaseGrant | None]
 
 
-class LeaseRegistry:
-    """All entries of one ConServe object."""
+@dataclass(slots=True)
+class _Entry:
+    ref: LeaseRef
+    grant: LeaseGrant | None = None
+    as_of_ms: int = 0
+    expires_at_ms: int = 0
+    renew_at_ms: int = 0
+    lost: str = ""
+    migrated: bool = False
+    turns: int = 0
+    in_flight: int = 0
+    loop_arrived_at_ms: int | None = None
+    used_at_ms: int = 0
 
-    def __init__(self, *, entries_max: int = 50_000, jitter: Callable[[], float] | None = None) -> None:
-        raise NotImplementedError
+    def is_live(self, now_ms: int) -> bool:
+        return self.grant is not None and not self.lost and now_ms < self.expires_at_ms
+
+    def is_in_use(self) -> bool:
+        return self.in_flight > 0 or self.loop_arrived_at_ms is not None
+
+
+@dataclass(slots=True)
+class _Flight:
+    leader: Future[LeaseGrant | None]
+    followers: list[Future[LeaseGrant | None]] = field(default_factory=list)
+
+
+class LeaseRegistry:
+    """All entries of one ConServe object.
+
+    Args:
+        entries_max: entries kept; the least recently used ones that are not in use go first.
+        jitter: uniform in [0, 1): spreads renewals over 80 to 100 % of the time the broker asked for.
+    """
+
+    def __init__(self, *, entries_max: int = 50_000, jitter: Callable[[], float] = random.random) -> None:
+        self._entries_max = entries_max
+        self._jitter = jitter
+        self._start_afresh()
+        call_in_forked_child(self._start_afresh)
 
     def view(self, ref: LeaseRef, *, now_ms: int) -> LeaseView:
         """Return a snapshot of the entry; an empty one when there is none."""
-        raise NotImplementedError
+        with self._lock:
+            entry = self._entries.get(ref)
+            return _snapshot(entry, now_ms) if entry else LeaseView(ref=ref)
 
     def views(self, conversation: ConversationId, *, now_ms: int) -> tuple[LeaseView, ...]:
-        """Return snapshots of all entries of a conversation."""
-        raise NotImplementedError
+        """Return snapshots of all entries of a conversation, the oldest first."""
+        with self._lock:
+            refs = self._by_conversation.get(conversation, {})
+            return tuple(_snapshot(self._entries[ref], now_ms) for ref in refs)
 
     def claim(self, ref: LeaseRef) -> FirstTurnClaim:
         """Become the leader of this lineage's first turn, or a follower of the leader there is."""
-        raise NotImplementedError
+        future: Future[LeaseGrant | None] = Future()
+        with self._lock:
+            flight = self._flights.get(ref)
+            if flight is None:
+                self._flights[ref] = _Flight(leader=future)
+            else:
+                flight.followers.append(future)
+            return FirstTurnClaim(ref=ref, leader=flight is None, future=future)
 
     def settle(self, claim: FirstTurnClaim, grant: LeaseGrant | None) -> None:
-        """End the leader's flight and wake its followers. Idempotent; must be called on every path out."""
-        raise NotImplementedError
+        """End the leader's flight and wake its followers. Idempotent; must be called on every path out.
+
+        Args:
+            claim: the leader's; a follower's claim changes nothing.
+            grant: the lease the followers may use, or None: the next one to claim becomes the leader.
+        """
+        with self._lock:
+            flight = self._flights.get(claim.ref)
+            if flight is None or flight.leader is not claim.future:
+                return
+            del self._flights[claim.ref]
+        for future in (flight.leader, *flight.followers):  # outside the lock: callbacks run here
+            if future.set_running_or_notify_cancel():
+                future.set_result(grant)
 
     def store(self, ref: LeaseRef, grant: LeaseGrant, *, sent_at_ms: int) -> LeaseView:
-        """Keep a grant. `sent_at_ms`: when its request was sent, from which its life is counted (never too long)."""
-        raise NotImplementedError
+        """Keep a grant.
+
+        Args:
+            ref: the entry.
+            grant: as answered.
+            sent_at_ms: when its request was sent; its life is counted from there, so never too long.
+        """
+        with self._lock:
+            entry = self._entry(ref)
+            self._forget_tokens(entry)
+            fresh = entry.grant is None or entry.grant.lease_id != grant.lease_id
+            served = grant.mode == "local" or grant.migrations > 0 or grant.turns > 0
+            entry.migrated = served or (entry.migrated and not fresh)
+            entry.grant = grant
+            entry.lost = ""
+            self._by_lease[LeaseId(grant.lease_id)] = ref
+            self._by_token[grant.token] = LeaseId(grant.lease_id)
+            entry.as_of_ms = min(entry.as_of_ms, sent_at_ms)
+            self._extend(entry, grant, sent_at_ms, grant.expires_in_ms)
+            return _snapshot(entry, sent_at_ms)
 
     def mark_migrated(self, lease_id: LeaseId) -> None:
         """Note that the lease's single KV transfer is done, or given up for good."""
-        raise NotImplementedError
+        with self._lock:
+            for entry, _ in self._current(lease_id):
+                entry.migrated = True
 
     def mark_lost(self, lease_id: LeaseId, reason: str) -> None:
         """Note that the lease is of no more use; the next turn of its lineage asks the broker again."""
-        raise NotImplementedError
+        with self._lock:
+            for entry, _ in self._current(lease_id):
+                entry.lost = reason
 
     def begin_turn(self, ref: LeaseRef, *, arrived_at_ms: int) -> TurnSlot:
         """Count a turn; opens a tool loop if none is running."""
-        raise NotImplementedError
+        with self._lock:
+            entry = self._entry(ref)
+            entry.turns += 1
+            entry.in_flight += 1
+            entry.used_at_ms = max(entry.used_at_ms, arrived_at_ms)
+            if entry.loop_arrived_at_ms is None:
+                entry.loop_arrived_at_ms = arrived_at_ms
+            self._in_use[ref] = None
+            return TurnSlot(entry.turns, entry.loop_arrived_at_ms)
 
     def end_turn(self, ref: LeaseRef, *, now_ms: int, loop_goes_on: bool) -> None:
-        """End a turn. `loop_goes_on`: it ended in tool calls (or failed), so another turn of the loop follows."""
-        raise NotImplementedError
+        """End a turn.
+
+        Args:
+            ref: the entry.
+            now_ms: when it ended.
+            loop_goes_on: it ended in tool calls (or failed and will be tried again), so another turn follows and the
+                lease is renewed meanwhile. Else it is left to its time: KV is never held for a human.
+        """
+        with self._lock:
+            entry = self._entries.get(ref)
+            if entry is None:
+                return
+            entry.in_flight = max(0, entry.in_flight - 1)
+            entry.used_at_ms = max(entry.used_at_ms, now_ms)
+            if not loop_goes_on:
+                entry.loop_arrived_at_ms = None
+            if not entry.is_in_use():
+                self._in_use.pop(ref, None)
 
     def apply_status(self, status: LeaseStatus, *, sent_at_ms: int, lease_id: LeaseId | None = None) -> None:
-        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, or a loss."""
-        raise NotImplementedError
+        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, or a loss.
+
+        Args:
+            status: the verdict.
+            sent_at_ms: when the report or renewal was sent.
+            lease_id: whose token it carried, where the broker could not read that itself.
+        """
+        with self._lock:
+            for entry, grant in self._current(lease_id or LeaseId(status.lease_id)):
+                if status.verdict != "ok":
+                    entry.lost = entry.lost or status.verdict
+                    continue
+                entry.grant = self._replace_token(grant, status.token) if status.token else grant
+                self._extend(entry, grant, sent_at_ms, status.expires_in_ms)
 
     def lease_of_token(self, token: str) -> LeaseId | None:
         """Return the lease whose current token this is."""
-        raise NotImplementedError
+        with self._lock:
+            return self._by_token.get(token)
 
     def due_renewals(self, *, now_ms: int) -> list[LeaseGrant]:
-        """Return the grants to renew now: in use, and past their renewal time."""
-        raise NotImplementedError
+        """Return the grants to renew now: live, in use, and past their renewal time."""
+        with self._lock:
+            return [entry.grant for entry in self._renewable(now_ms) if entry.grant and entry.renew_at_ms <= now_ms]
 
-    def next_renewal_ms(self) -> int | None:
+    def next_renewal_ms(self, *, now_ms: int) -> int | None:
         """Return when the next renewal falls due, None when no lease is in use."""
-        raise NotImplementedError
+        with self._lock:
+            return min((entry.renew_at_ms for entry in self._renewable(now_ms)), default=None)
 
     def drop(self, ref: LeaseRef) -> LeaseGrant | None:
         """Forget an entry and return its grant."""
-        raise NotImplementedError
+        with self._lock:
+            entry = self._remove(ref)
+            return entry.grant if entry else None
 
     def forget(self, conversation: ConversationId, *, now_ms: int) -> list[LeaseGrant]:
         """Forget a conversation and return the grants that are live, to be released."""
-        raise NotImplementedError
+        with self._lock:
+            removed = [self._remove(ref) for ref in tuple(self._by_conversation.get(conversation, {}))]
+            return [entry.grant for entry in removed if entry and entry.grant and entry.is_live(now_ms)]
 
     def live_grants(self, *, now_ms: int) -> list[LeaseGrant]:
         """Return every live grant, to be released at close."""
-        raise NotImplementedError
+        with self._lock:
+            return [entry.grant for entry in self._entries.values() if entry.grant and entry.is_live(now_ms)]
+
+    def _start_afresh(self) -> None:
+        # Also in a forked child: leases stay the parent's; asking the broker for the same key gives the same lease.
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[LeaseRef, _Entry] = OrderedDict()
+        self._by_conversation: dict[ConversationId, dict[LeaseRef, None]] = {}
+        self._by_lease: dict[LeaseId, LeaseRef] = {}
+        self._by_token: dict[str, LeaseId] = {}
+        self._in_use: dict[LeaseRef, None] = {}
+        self._flights: dict[LeaseRef, _Flight] = {}
+
+    def _entry(self, ref: LeaseRef) -> _Entry:
+        entry = self._entries.get(ref)
+        if entry is None:
+            entry = self._entries[ref] = _Entry(ref)
+            self._by_conversation.setdefault(ref.conversation_id, {})[ref] = None
+            self._evict(keep=ref)
+        self._entries.move_to_end(ref)
+        return entry
+
+    def _evict(self, *, keep: LeaseRef) -> None:
+        if len(self._entries) <= self._entries_max:
+            return
+        idle = (ref for ref, entry in self._entries.items() if ref != keep and not entry.is_in_use())
+        oldest = next(idle, None)
+        if oldest is not None:
+            self._remove(oldest)
+
+    def _remove(self, ref: LeaseRef) -> _Entry | None:
+        entry = self._entries.pop(ref, None)
+        if entry is None:
+            return None
+        self._forget_tokens(entry)
+        self._in_use.pop(ref, None)
+        siblings = self._by_conversation[ref.conversation_id]
+        del siblings[ref]
+        if not siblings:
+            del self._by_conversation[ref.conversation_id]
+        return entry
+
+    def _current(self, lease_id: LeaseId) -> Iterator[tuple[_Entry, LeaseGrant]]:
+        """The entry whose newest grant is this lease, with that grant, if any."""
+        ref = self._by_lease.get(lease_id)
+        entry = self._entries[ref] if ref is not None else None
+        if entry is not None and entry.grant is not None:
+            yield entry, entry.grant
+
+    def _renewable(self, now_ms: int) -> Iterator[_Entry]:
+        for ref in self._in_use:
+            entry = self._entries[ref]
+            if entry.is_live(now_ms) and now_ms - entry.used_at_ms < IN_USE_MAX_MS:
+                yield entry
+
+    def _extend(self, entry: _Entry, grant: LeaseGrant, sent_at_ms: int, expires_in_ms: int) -> None:
+        if sent_at_ms < entry.as_of_ms:  # an answer that was overtaken by a later one
+            return
+        entry.as_of_ms = sent_at_ms
+        entry.expires_at_ms = sent_at_ms + expires_in_ms  # may be less than before: the lease was parked
+        spread = 0.8 + 0.2 * self._jitter()
+        renew_after_ms = int(min(grant.renew_after_ms, expires_in_ms / 2) * spread)
+        entry.renew_at_ms = sent_at_ms + max(renew_after_ms, RENEW_AFTER_MIN_MS)
+
+    def _replace_token(self, grant: LeaseGrant, token: str) -> LeaseGrant:
+        self._by_token.pop(grant.token, None)
+        self._by_token[token] = LeaseId(grant.lease_id)
+        return grant.model_copy(update={"token": token})
+
+    def _forget_tokens(self, entry: _Entry) -> None:
+        if entry.grant is not None:
+            self._by_token.pop(entry.grant.token, None)
+            self._by_lease.pop(LeaseId(entry.grant.lease_id), None)
+
+
+def _snapshot(entry: _Entry, now_ms: int) -> LeaseView:
+    return LeaseView(
+        ref=entry.ref,
+        grant=entry.grant,
+        live=entry.is_live(now_ms),
+        lost=entry.lost,
+        migrated=entry.migrated,
+        turns=entry.turns,
+    )

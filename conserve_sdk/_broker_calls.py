@@ -1,0 +1,259 @@
+"""Requests to the broker and the reading of its answers, without I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import httpx2
+import pydantic
+
+from conserve_sdk.core.events import RefusalReason
+from conserve_sdk.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    ConServeError,
+    LeaseExpired,
+    LeaseLost,
+    LeaseRefused,
+    ProtocolError,
+)
+from conserve_sdk.protocol import (
+    BatchAnswer,
+    LeaseGrant,
+    LeaseRequest,
+    Problem,
+    RenewalBatch,
+    ReportBatch,
+    SupersedeRequest,
+    TokenBody,
+)
+
+__all__ = [
+    "BrokerCall",
+    "TryAgain",
+    "acquire_call",
+    "check",
+    "park_call",
+    "parse_batch",
+    "parse_grant",
+    "release_call",
+    "renew_call",
+    "report_call",
+    "supersede_call",
+]
+
+ANSWER_TIMEOUT_MS = 5_000
+"""A broker that answers later than this (beyond the wait it was asked for) counts as down."""
+
+_REFUSALS = frozenset(reason.value for reason in RefusalReason)
+_RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerCall:
+    """One request to the broker, not yet sent.
+
+    Attributes:
+        timeout_ms: how long its answer may take.
+        conversation_id, lease_id: what it is about, for errors.
+    """
+
+    method: str
+    path: str
+    content: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    timeout_ms: int = ANSWER_TIMEOUT_MS
+    conversation_id: str | None = None
+    lease_id: str | None = None
+
+
+class TryAgain(Exception):  # noqa: N818 -- a signal between the attempts of one call, never seen outside
+    """This attempt failed, another one may not.
+
+    Attributes:
+        error: what to raise when there is no time left.
+        retry_after_ms: the broker's wish, 0 without one.
+        refusal: the broker itself is well; it refused for now.
+    """
+
+    def __init__(self, error: BrokerError, *, retry_after_ms: int = 0, refusal: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry_after_ms = retry_after_ms
+        self.refusal = refusal
+
+
+def acquire_call(request: LeaseRequest, *, wait_ms: int) -> BrokerCall:
+    """`POST /v1/leases`, with what is left of the patience as `wait_ms`."""
+    body = request.model_copy(update={"wait_ms": wait_ms})
+    return _post("/v1/leases", body, wait_ms=wait_ms, conversation_id=request.conversation_id)
+
+
+def supersede_call(lease_id: str, request: SupersedeRequest, *, wait_ms: int) -> BrokerCall:
+    """`POST /v1/leases/{id}/supersede`."""
+    body = request.model_copy(update={"wait_ms": wait_ms})
+    return _post(f"{_lease_path(lease_id)}/supersede", body, wait_ms=wait_ms, lease_id=lease_id)
+
+
+def park_call(lease_id: str, token: str) -> BrokerCall:
+    """`POST /v1/leases/{id}/park`."""
+    return _post(f"{_lease_path(lease_id)}/park", TokenBody(token=token), lease_id=lease_id)
+
+
+def release_call(lease_id: str, token: str) -> BrokerCall:
+    """`DELETE /v1/leases/{id}`: the token stands in the header, as a DELETE has no body."""
+    headers = {"Authorization": f"Lease {token}"}
+    return BrokerCall(method="DELETE", path=_lease_path(lease_id), headers=headers, lease_id=lease_id)
+
+
+def report_call(batch: ReportBatch) -> BrokerCall:
+    """`POST /v1/reports`."""
+    return _post("/v1/reports", batch)
+
+
+def renew_call(batch: RenewalBatch) -> BrokerCall:
+    """`POST /v1/renewals`."""
+    return _post("/v1/renewals", batch)
+
+
+def parse_grant(call: BrokerCall, response: httpx2.Response) -> LeaseGrant:
+    """Read a grant.
+
+    Raises:
+        TryAgain, ConServeError: see `check`.
+    """
+    check(call, response)
+    try:
+        return LeaseGrant.model_validate_json(response.content)
+    except pydantic.ValidationError as exc:
+        raise _not_understood(call, response, exc) from exc
+
+
+def parse_batch(call: BrokerCall, response: httpx2.Response, *, expected: int) -> BatchAnswer:
+    """Read the answer to a batch of `expected` reports or renewals.
+
+    Raises:
+        TryAgain, ConServeError: see `check`.
+    """
+    check(call, response)
+    try:
+        answer = BatchAnswer.model_validate_json(response.content)
+    except pydantic.ValidationError as exc:
+        raise _not_understood(call, response, exc) from exc
+    if len(answer.results) != expected:
+        raise ProtocolError(
+            f"the broker gave {len(answer.results)} results for {expected} entries: use a broker of this version",
+            broker_url=_origin(response),
+            status=response.status_code,
+        )
+    return answer
+
+
+def check(call: BrokerCall, response: httpx2.Response) -> None:
+    """Return if the broker said yes.
+
+    Raises:
+        TryAgain: it said "not now".
+        LeaseExpired, LeaseLost, LeaseRefused, ProtocolError: it said no.
+    """
+    if response.is_success:
+        return
+    problem = _problem(response)
+    retry_after_ms = _retry_after_ms(response, problem)
+    if problem.code in _REFUSALS:
+        refused = LeaseRefused(
+            f"the broker refused a lease: {problem.detail}",
+            reason=problem.code,
+            retry_after_ms=retry_after_ms,
+            conversation_id=call.conversation_id,
+            lease_id=call.lease_id,
+            broker_url=_origin(response),
+            status=response.status_code,
+            code=problem.code,
+        )
+        raise TryAgain(refused, retry_after_ms=retry_after_ms, refusal=True) if retry_after_ms else refused
+    raise _failure(call, response, problem, retry_after_ms)
+
+
+def _failure(
+    call: BrokerCall, response: httpx2.Response, problem: Problem, retry_after_ms: int
+) -> TryAgain | ConServeError:
+    detail, lease_id = problem.detail or problem.title, call.lease_id
+    if problem.code == "lease_unknown":
+        return LeaseExpired(f"the lease is not live any more: {detail}", lease_id=lease_id)
+    if problem.code in ("lease_superseded", "engine_lost", "bad_token"):
+        return LeaseLost(f"the lease is lost: {detail}", lease_id=lease_id)
+    if response.status_code in _RETRYABLE:
+        unavailable = BrokerUnavailable(
+            f"the broker cannot answer now: {detail}",
+            conversation_id=call.conversation_id,
+            lease_id=lease_id,
+            broker_url=_origin(response),
+            status=response.status_code,
+            code=problem.code,
+        )
+        return TryAgain(unavailable, retry_after_ms=retry_after_ms)
+    return ProtocolError(
+        f"the broker rejected {call.method} {call.path}: {detail}",
+        conversation_id=call.conversation_id,
+        lease_id=lease_id,
+        broker_url=_origin(response),
+        status=response.status_code,
+        code=problem.code,
+    )
+
+
+def _post(
+    path: str,
+    body: pydantic.BaseModel,
+    *,
+    wait_ms: int = 0,
+    conversation_id: str | None = None,
+    lease_id: str | None = None,
+) -> BrokerCall:
+    return BrokerCall(
+        method="POST",
+        path=path,
+        content=body.model_dump_json().encode(),
+        headers={"Content-Type": "application/json"},
+        timeout_ms=wait_ms + ANSWER_TIMEOUT_MS,
+        conversation_id=conversation_id,
+        lease_id=lease_id,
+    )
+
+
+def _lease_path(lease_id: str) -> str:
+    return f"/v1/leases/{quote(lease_id, safe='')}"
+
+
+def _problem(response: httpx2.Response) -> Problem:
+    try:
+        return Problem.model_validate_json(response.content)
+    except pydantic.ValidationError:  # not one of ours: a proxy's page, or another server on that port
+        detail = f"HTTP {response.status_code} without a problem document: is this URL a ConServe broker?"
+        return Problem(title=response.reason_phrase, status=response.status_code, detail=detail, code="")
+
+
+def _retry_after_ms(response: httpx2.Response, problem: Problem) -> int:
+    if problem.retry_after_ms is not None:
+        return max(0, problem.retry_after_ms)
+    header = response.headers.get("Retry-After", "")
+    return int(header) * 1000 if header.isascii() and header.isdigit() else 0
+
+
+def _not_understood(call: BrokerCall, response: httpx2.Response, exc: pydantic.ValidationError) -> ProtocolError:
+    first = exc.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the body"
+    return ProtocolError(
+        f"the broker's answer to {call.method} {call.path} is not understood ({where}: {first['msg']}): "
+        "use a broker and an SDK of the same protocol version",
+        conversation_id=call.conversation_id,
+        lease_id=call.lease_id,
+        broker_url=_origin(response),
+        status=response.status_code,
+    )
+
+
+def _origin(response: httpx2.Response) -> str:
+    return str(response.request.url.copy_with(raw_path=b"/")).rstrip("/")
