@@ -1,0 +1,81 @@
+"""What the broker asks an engine over HTTP, with bounded answers and failures that fit into one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import httpx2
+
+from conserve_broker.metrics_page import EngineMetrics, MetricsPageError, read_page
+
+_BODY_BYTES_MAX = 16 * 1024 * 1024
+_DETAIL_CHARS_MAX = 200
+PARSE_ELSEWHERE_BYTES = 256 * 1024
+"""Pages from here on are worth a thread: parsing one would hold the event loop for over a millisecond."""
+
+
+class EngineTrouble(Exception):  # noqa: N818  # a state of the engine, not a fault of the program
+    """The engine does not answer as it should; `str()` is one line."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(" ".join(detail.split())[:_DETAIL_CHARS_MAX])
+
+
+async def check_health(client: httpx2.AsyncClient, url: str) -> None:
+    """Ask `/health`, behind which vLLM asks its engine core.
+
+    Raises:
+        EngineTrouble: it cannot be reached or is not healthy.
+    """
+    await _get(client, url, "/health")
+
+
+async def get_metrics(client: httpx2.AsyncClient, url: str) -> bytes:
+    """The `/metrics` page.
+
+    Raises:
+        EngineTrouble: it cannot be reached or does not answer 200.
+    """
+    return await _get(client, url, "/metrics")
+
+
+async def get_models(client: httpx2.AsyncClient, url: str) -> Mapping[str, int]:
+    """The models that `/v1/models` lists, each with its longest prompt plus output in tokens (0: not said).
+
+    Raises:
+        EngineTrouble: it cannot be reached or does not list models.
+    """
+    body = await _get(client, url, "/v1/models")
+    try:
+        listed = json.loads(body)["data"]
+        return {str(model["id"]): int(model.get("max_model_len") or 0) for model in listed}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineTrouble("/v1/models does not list models; is this an OpenAI-compatible vLLM server?") from error
+
+
+def parse(page: bytes) -> EngineMetrics:
+    """`read_page` with its failure as an `EngineTrouble`."""
+    try:
+        return read_page(page)
+    except MetricsPageError as error:
+        raise EngineTrouble(str(error)) from error
+
+
+async def _get(client: httpx2.AsyncClient, url: str, path: str) -> bytes:
+    try:
+        async with client.stream("GET", f"{url}{path}") as response:
+            if response.status_code != httpx2.codes.OK:
+                raise EngineTrouble(f"{path} answered {response.status_code}")
+            return await _bounded(response, path)
+    except httpx2.HTTPError as error:
+        raise EngineTrouble(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+async def _bounded(response: httpx2.Response, path: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > _BODY_BYTES_MAX:
+            raise EngineTrouble(f"{path} sent over {_BODY_BYTES_MAX} bytes")
+    return bytes(body)

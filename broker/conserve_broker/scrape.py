@@ -1,0 +1,173 @@
+"""Watching the engines: `/health` and `/metrics` at the scrape interval, `/v1/models` rarely.
+
+One loop per engine, so that a slow one delays nobody and no engine ever has two polls in flight. What is seen goes to
+a callback as `EngineObserved` or `EngineUnreachable`; what that means is the core's to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import httpx2
+
+from conserve_broker import _engine_http
+from conserve_broker._config_tables import ScrapeTable
+from conserve_broker._engine_http import EngineTrouble
+from conserve_broker._incarnation import IncarnationWatch
+from conserve_broker.metrics_page import EngineMetrics
+from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
+from conserve_sdk.core.units import EngineId, Incarnation, ModelName, Ms, Tokens
+
+__all__ = ["Scraper"]
+
+Emit = Callable[[EngineObserved | EngineUnreachable], None]
+
+
+class Scraper:
+    """Polls a changing set of engines; an async context manager that owns its HTTP client.
+
+    Args:
+        settings: interval and timeouts.
+        emit: called in the event loop with each observation; must not block. What it raises ends `run`.
+        now_ms: the broker's clock; Unix epoch, never going backwards.
+        transport: replaces the network (tests).
+    """
+
+    def __init__(
+        self,
+        settings: ScrapeTable,
+        *,
+        emit: Emit,
+        now_ms: Callable[[], Ms],
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._settings = settings
+        self._emit = emit
+        self._now_ms = now_ms
+        # Its own timeout covers a whole poll; environment proxies have no business between broker and engines.
+        self._client = httpx2.AsyncClient(timeout=None, trust_env=False, transport=transport)
+        self._targets: dict[EngineId, _Target] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        """Ready to poll."""
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    def configure(self, engines: Sequence[EngineSpec]) -> None:
+        """Poll these engines from now on; an engine whose URL is as before goes on undisturbed."""
+        wanted = {engine.engine_id: engine for engine in engines}
+        for engine_id, target in list(self._targets.items()):
+            engine = wanted.get(engine_id)
+            if engine is not None and engine.url == target.spec.url:
+                target.spec = engine
+            else:
+                del self._targets[engine_id]
+                target.stop()
+        for engine_id, engine in wanted.items():
+            if engine_id not in self._targets:
+                self._targets[engine_id] = target = _Target(engine)
+                self._start(target)
+
+    async def run(self) -> None:
+        """Poll until cancelled: each engine at once, then at its interval, spread over it at random."""
+        async with asyncio.TaskGroup() as self._group:
+            for target in self._targets.values():
+                self._start(target)
+            await asyncio.Event().wait()
+
+    async def poll_once(self) -> None:
+        """Poll every engine once, all at the same time."""
+        async with asyncio.TaskGroup() as group:
+            for target in list(self._targets.values()):
+                group.create_task(self._poll(target))
+
+    def _start(self, target: _Target) -> None:
+        if self._group is not None:
+            target.task = self._group.create_task(self._watch(target), name=f"scrape {target.spec.engine_id}")
+
+    async def _watch(self, target: _Target) -> None:
+        interval_s = self._settings.interval_ms / 1000
+        pause_s = random.uniform(0, interval_s)  # noqa: S311  # only the first pause: spreads the engines over the interval
+        clock = asyncio.get_running_loop().time
+        while True:
+            began_s = clock()
+            await self._poll(target)
+            await asyncio.sleep(max(0.0, began_s + pause_s - clock()))
+            pause_s = interval_s
+
+    async def _poll(self, target: _Target) -> None:
+        timeout_ms = self._settings.timeout_ms
+        try:
+            async with asyncio.timeout(timeout_ms / 1000):
+                event: EngineObserved | EngineUnreachable = await self._observe(target)
+        except EngineTrouble as trouble:
+            event = self._unreachable(target, str(trouble))
+        except TimeoutError:
+            event = self._unreachable(target, f"no answer within {timeout_ms} ms")
+        if self._targets.get(target.spec.engine_id) is target:  # not removed meanwhile
+            self._emit(event)
+
+    def _unreachable(self, target: _Target, detail: str) -> EngineUnreachable:
+        target.models_at_ms = None  # whatever comes back may serve something else
+        return EngineUnreachable(now_ms=self._now_ms(), engine_id=target.spec.engine_id, detail=detail)
+
+    async def _observe(self, target: _Target) -> EngineObserved:
+        url = target.spec.url
+        await _engine_http.check_health(self._client, url)
+        page = await _engine_http.get_metrics(self._client, url)
+        if len(page) >= _engine_http.PARSE_ELSEWHERE_BYTES:
+            metrics = await asyncio.to_thread(_engine_http.parse, page)
+        else:
+            metrics = _engine_http.parse(page)
+        incarnation = target.watch.observe(metrics)
+        if target.models_are_due(incarnation, self._now_ms(), self._settings.models_interval_ms):
+            target.models = await _engine_http.get_models(self._client, url)
+            target.models_at_ms, target.models_of = self._now_ms(), incarnation
+        return target.observed(metrics, incarnation, self._now_ms())
+
+
+class _Target:
+    """One engine under watch."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.watch = IncarnationWatch()
+        self.models: Mapping[str, int] = {}
+        self.models_at_ms: Ms | None = None
+        self.models_of: Incarnation | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def models_are_due(self, incarnation: Incarnation, now_ms: Ms, interval_ms: int) -> bool:
+        if self.models_at_ms is None or self.models_of != incarnation:
+            return True
+        return now_ms - self.models_at_ms >= interval_ms
+
+    def observed(self, metrics: EngineMetrics, incarnation: Incarnation, now_ms: Ms) -> EngineObserved:
+        longest = self.models.get(self.spec.model) or max(self.models.values(), default=0)
+        return EngineObserved(
+            now_ms=now_ms,
+            engine_id=self.spec.engine_id,
+            incarnation=incarnation,
+            models=tuple(ModelName(model) for model in self.models),
+            kv_capacity_tokens=metrics.kv_capacity_tokens,
+            kv_used_tokens=metrics.kv_used_tokens,
+            block_size_tokens=metrics.block_size_tokens,
+            max_model_len_tokens=Tokens(longest),
+            running=metrics.running,
+            waiting=metrics.waiting,
+            prefill_tokens_total=metrics.prefill_tokens_total,
+        )
