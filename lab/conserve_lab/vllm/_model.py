@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,15 +53,26 @@ def make_model(shape: ModelShape, *, python: Path, cache: Path) -> Path:
     home = cache.absolute() / f"tiny-llama-{digest}"
     if home.is_dir():
         return home
-    draft = home.with_suffix(".draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=cache))
     try:
         for _ in stream([str(python), "-W", "ignore", str(SCRIPT), str(draft), recipe]):
             pass
+        _publish(draft, home)
     except CommandFailedError as error:
         raise VllmStartError(f"could not make the tiny model: {error}; reinstall the vLLM environment") from error
-    draft.rename(home)  # only a whole model ever has the final name
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return home
+
+
+def _publish(draft: Path, home: Path) -> None:
+    """Give a whole model its final name, unless somebody else made the same one meanwhile."""
+    try:
+        draft.rename(home)
+    except OSError:
+        if not home.is_dir():
+            raise
 
 
 def eos_token_id(model: Path) -> int:

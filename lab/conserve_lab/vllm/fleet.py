@@ -137,7 +137,6 @@ class VllmFleet:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._http = httpx2.Client(timeout=10.0, trust_env=False)
         self._say("making the model (once)")
-        self._cache.mkdir(parents=True, exist_ok=True)
         self._model = make_model(self.options.shape, python=self._python, cache=self._cache)
         self._say("importing vLLM")
         self._launcher = Launcher(self._python, env=self._shared_env(), log=self._logs / "launcher.log")

@@ -157,7 +157,8 @@ def install(plan: InstallPlan, *, say: Say) -> bool:
     if plan.is_done:
         say(f"{plan.venv} is up to date")
         return False
-    plan.stamp.unlink(missing_ok=True)
+    if plan.stamp.exists():
+        plan.stamp.unlink()  # an interrupted run must not look finished
     started_at = time.monotonic()
     for number, step in enumerate(plan.steps, start=1):
         say(f"[{number}/{len(plan.steps)}] {step.title}")
