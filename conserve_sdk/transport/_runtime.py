@@ -1,0 +1,122 @@
+"""Everything behind a transport: leases, lineages, reports, connections. One per `ConServe` object."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx2
+
+from conserve_sdk._bodies import BadBody, kind_of, read_body
+from conserve_sdk._broker_client import AsyncBrokerClient, SyncBrokerClient
+from conserve_sdk._drive import AsyncPerformer, SyncPerformer
+from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._lineage import LineageBook, digest_prompt
+from conserve_sdk._registry import LeaseRegistry
+from conserve_sdk._reporter import Reporter
+from conserve_sdk._turn import Budget, Flow, LeasePlanner, Opened, TurnFlow, TurnKit, relay_flow
+from conserve_sdk.errors import LeaseClosed
+from conserve_sdk.identity import resolve_conversation, resolve_lineage
+from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
+from conserve_sdk.transport._settings import Settings
+
+__all__ = ["Runtime"]
+
+
+def monotonic_us() -> int:
+    """Whole microseconds of `time.monotonic`."""
+    return time.monotonic_ns() // 1_000
+
+
+class Runtime:
+    """Builds the parts and turns each request into a flow."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        clock_us = settings.clock_us or monotonic_us
+        self._clock_us = clock_us
+        self.engines = settings.engine_transport or EnginePool()
+        self.async_engines = settings.engine_transport or AsyncEnginePool()
+        self.broker = SyncBrokerClient(
+            settings.broker_urls, api_key=settings.api_key, transport=settings.broker_transport
+        )
+        self.async_broker = AsyncBrokerClient(
+            settings.broker_urls, api_key=settings.api_key, transport=settings.broker_transport
+        )
+        registry = LeaseRegistry()
+        self.reporter = Reporter(self.broker, registry, clock=lambda: clock_us() // 1000)
+        self.kit = TurnKit(
+            registry=registry,
+            book=LineageBook(),
+            reporter=self.reporter,
+            clock_us=clock_us,
+            hooks=settings.on_turn,
+            planner=settings.planner or LeasePlanner(),
+            options=settings.turn_options(),
+        )
+        self.performer = SyncPerformer(engines=self.engines, broker=self.broker, clock_us=clock_us)
+        self.async_performer = AsyncPerformer(engines=self.async_engines, broker=self.async_broker, clock_us=clock_us)
+        self.closed = False
+        call_in_forked_child(self._after_fork)
+
+    def flow(self, request: httpx2.Request, content: bytes) -> TurnFlow | Flow[Opened] | httpx2.Response:
+        """What to do with one request of the application: a turn, a relay, or an answer at once.
+
+        Must run in the context of the application's call, where its conversation is set.
+
+        Raises:
+            LeaseClosed: the `ConServe` object was closed.
+        """
+        if self.closed:
+            raise LeaseClosed("this ConServe object was closed: make a new one, or close it later")
+        budget = Budget(request.extensions.get("timeout"), timeouts=self.settings.timeouts, clock_us=self._clock_us)
+        kind = kind_of(request.method, request.url.path)
+        if kind is None:
+            conversation = resolve_conversation(request.headers)
+            return relay_flow(self.kit, original=request, content=content, conversation=conversation, budget=budget)
+        try:
+            body = read_body(kind, content)
+        except BadBody as bad:
+            return _bad_request(str(bad))
+        if body.stripped:
+            self.kit.warn_once("transfer_params", "took kv_transfer_params out of a request: they are made here only")
+        digest = digest_prompt(kind, body.data)
+        match = self.kit.book.match(
+            resolve_conversation(request.headers, body.data),
+            digest,
+            explicit_lineage=resolve_lineage(request.headers),
+            previous_response_id=_text(body.data.get("previous_response_id")),
+        )
+        return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget)
+
+    def close(self) -> None:
+        """Send what is still to be reported and close the connections of blocking code. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.reporter.close()
+        self.broker.close()
+        if isinstance(self.engines, EnginePool):
+            self.engines.close()
+
+    async def aclose(self) -> None:
+        """Close the running loop's connections too. Idempotent."""
+        await self.async_broker.aclose()
+        if isinstance(self.async_engines, AsyncEnginePool):
+            await self.async_engines.aclose()
+        self.close()
+
+    def _after_fork(self) -> None:
+        self.kit.after_fork()
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _bad_request(message: str) -> httpx2.Response:
+    """The answer vLLM would give to a body it cannot read, without asking one."""
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    return httpx2.Response(
+        400, headers={"content-type": "application/json"}, content=json.dumps({"error": error}).encode()
+    )
