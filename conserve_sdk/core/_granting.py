@@ -147,7 +147,7 @@ def _why_not(state: State, pending: Pending) -> NoPlacement:
 
 
 def _bounded(reason: RefusalReason, detail: str) -> NoPlacement:
-    return NoPlacement(reason=reason, detail=detail, hopeless=False, need_tokens=Tokens(0), verdicts={})
+    return NoPlacement(reason=reason, detail=detail, hopeless=False, need_tokens=Tokens(0))
 
 
 def _wanted(state: State, pending: Pending) -> Wanted:
@@ -252,8 +252,7 @@ def _reuse(state: State, pending: Pending, lease: Lease) -> None:
 def _refuse(state: State, pending: Pending, why: NoPlacement) -> None:
     if state.queue.remove(pending.request_id) is not None:
         state.room_may_have_appeared = True
-    engines = state.fleet.views_of_model(pending.key.model)
-    receipt = refusal_receipt(_wanted(state, pending), why, engines, settings=state.settings)
+    receipt = refusal_receipt(_wanted(state, pending), why, settings=state.settings)
     state.counters.refused[why.reason] += 1
     state.out.append(
         Refused(

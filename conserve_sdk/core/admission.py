@@ -23,7 +23,7 @@ class Replacing:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Pending:
     """A request that was not answered yet.
 

@@ -18,15 +18,13 @@ from dataclasses import dataclass
 
 from conserve_sdk.core.events import EngineState, RefusalReason, Role
 from conserve_sdk.core.prefill import PrefillPlan, plan_prefill
-from conserve_sdk.core.receipt import CandidateView, Receipt
+from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Tokens
 from conserve_sdk.core.views import EngineView
 
-FITS = "fits"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Wanted:
     """What a request asks of placement.
 
@@ -50,7 +48,23 @@ class Wanted:
     waited_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
+class Host:
+    """A decoder while it is weighed.
+
+    Attributes:
+        occupied_tokens: KV that counts against it before this lease.
+        limit_tokens: KV under the watermark: the largest integer x with ``x * 10^6 <= watermark * capacity``.
+        verdict: see `CandidateView`.
+    """
+
+    view: EngineView
+    occupied_tokens: int
+    limit_tokens: int
+    verdict: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
 class Placement:
     """A decoder, and a prefiller unless the first turn is prefilled on the decoder itself.
 
@@ -66,7 +80,7 @@ class Placement:
     receipt: Receipt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class NoPlacement:
     """Nothing fits. `hopeless`: waiting does not help, refuse at once."""
 
@@ -74,7 +88,7 @@ class NoPlacement:
     detail: str
     hopeless: bool
     need_tokens: Tokens
-    verdicts: dict[EngineId, str]
+    hosts: tuple[Host, ...] = ()
 
 
 def place(
@@ -88,91 +102,56 @@ def place(
         settings: preset and freshness bound.
         now_ms: to judge the age of observations.
     """
-    hosts = [view for view in engines if view.spec.role is not Role.PREFILLER]
-    need = _clamped_need(wanted, hosts, settings)
-    hopeless = _why_never(wanted, engines, hosts, settings)
-    if hopeless is not None:
-        return NoPlacement(reason=hopeless[0], detail=hopeless[1], hopeless=True, need_tokens=need, verdicts={})
-    verdicts = {view.engine_id: _host_verdict(view, wanted, need, settings, now_ms) for view in hosts}
-    fitting = [view for view in hosts if verdicts[view.engine_id] == FITS]
+    hosts = _hosts(wanted, engines, settings)
+    longest = None if wanted.exact else _longest_first_input(hosts, settings)
+    if not engines or _too_long(wanted, longest):
+        return _never(wanted, longest)
+    input_tokens = wanted.input_tokens if longest is None else Tokens(min(wanted.input_tokens, longest))
+    need = Tokens(input_tokens + settings.placement.reserve_tokens)
+    for host in hosts:
+        host.verdict = _verdict(host, wanted, need, settings, now_ms)
+    fitting = [host for host in hosts if host.verdict == "fits"]
     if not fitting:
-        return _nothing_fits(wanted, need, verdicts)
-    decoder, rule = _choose_decoder(fitting, wanted, need, settings)
-    verdicts[decoder.engine_id] = "chosen"
-    input_tokens = Tokens(need - settings.placement.reserve_tokens)
+        return _nothing_fits(wanted, need, hosts, settings)
+    chosen, rule = _choose_decoder(fitting, wanted.hint, need, settings)
+    chosen.verdict = "chosen"
     plan = plan_prefill(
-        decoder,
+        chosen.view,
         engines,
         input_tokens=input_tokens,
         failed_engine_id=wanted.failed_engine_id,
         settings=settings,
         now_ms=now_ms,
     )
-    receipt = _receipt(wanted, need, hosts, verdicts, rule=rule, plan=plan, settings=settings)
+    receipt = _receipt(wanted, need, hosts, rule=rule, plan=plan, settings=settings)
     return Placement(
-        decoder=decoder, prefiller=plan.prefiller, input_tokens=input_tokens, need_tokens=need, receipt=receipt
+        decoder=chosen.view, prefiller=plan.prefiller, input_tokens=input_tokens, need_tokens=need, receipt=receipt
     )
 
 
-def refusal_receipt(
-    wanted: Wanted, refused: NoPlacement, engines: Sequence[EngineView], *, settings: BrokerSettings
-) -> Receipt:
+def refusal_receipt(wanted: Wanted, refused: NoPlacement, *, settings: BrokerSettings) -> Receipt:
     """The receipt of a refusal, made only when one is given."""
-    hosts = [view for view in engines if view.engine_id in refused.verdicts]
-    return _receipt(
-        wanted, refused.need_tokens, hosts, refused.verdicts, rule=refused.reason.value, plan=None, settings=settings
-    )
+    return _receipt(wanted, refused.need_tokens, refused.hosts, rule=refused.reason.value, plan=None, settings=settings)
 
 
 # ---- admission ----------------------------------------------------------------------------------------------
 
 
-def _limit(view: EngineView, settings: BrokerSettings) -> int:
-    """Tokens under the watermark; the largest integer x with ``x * 10^6 <= watermark_ppm * capacity``."""
-    return view.kv_capacity_tokens * settings.placement.kv_watermark_ppm // MILLION
+def _hosts(wanted: Wanted, engines: Sequence[EngineView], settings: BrokerSettings) -> list[Host]:
+    watermark_ppm = settings.placement.kv_watermark_ppm
+    hosts = []
+    for view in engines:
+        if view.spec.role is not Role.PREFILLER:
+            occupied: int = max(view.kv_leased_tokens, view.kv_used_tokens)
+            if wanted.freed_tokens and view.spec.engine_id == wanted.freed_engine_id:
+                occupied = max(occupied - wanted.freed_tokens, 0)
+            hosts.append(Host(view, occupied, view.kv_capacity_tokens * watermark_ppm // MILLION))
+    return hosts
 
 
-def _occupied(view: EngineView, wanted: Wanted) -> int:
-    freed = wanted.freed_tokens if view.engine_id == wanted.freed_engine_id else 0
-    return max(view.kv_leased_tokens - freed, view.kv_used_tokens - freed, 0)
-
-
-def _longest(view: EngineView, settings: BrokerSettings) -> int | None:
-    """The longest first input this engine could ever host; None while nothing is known of it."""
-    if view.kv_capacity_tokens == 0:
-        return None
-    room = _limit(view, settings) - settings.placement.reserve_tokens
-    return min(room, view.max_model_len_tokens) if view.max_model_len_tokens else room
-
-
-def _longest_of(hosts: Sequence[EngineView], settings: BrokerSettings) -> int | None:
-    lengths = [_longest(view, settings) for view in hosts]
-    known = [length for length in lengths if length is not None]
-    return max(known) if known and len(known) == len(lengths) else None
-
-
-def _clamped_need(wanted: Wanted, hosts: Sequence[EngineView], settings: BrokerSettings) -> Tokens:
-    longest = None if wanted.exact else _longest_of(hosts, settings)
-    tokens = wanted.input_tokens if longest is None else min(wanted.input_tokens, max(longest, 0))
-    return Tokens(tokens + settings.placement.reserve_tokens)
-
-
-def _why_never(
-    wanted: Wanted, engines: Sequence[EngineView], hosts: Sequence[EngineView], settings: BrokerSettings
-) -> tuple[RefusalReason, str] | None:
-    if not engines:
-        return RefusalReason.UNKNOWN_MODEL, f"no engine is configured for model {wanted.model}: check its name"
-    longest = _longest_of(hosts, settings)
-    # An estimate may be off by a factor of two; what is longer even then is too long.
-    at_least = wanted.input_tokens if wanted.exact else wanted.input_tokens // 2
-    if longest is not None and at_least > longest:
-        taken = f"the largest decoder of {wanted.model} takes {longest}"
-        return RefusalReason.PROMPT_TOO_LONG, f"the first turn has {wanted.input_tokens} tokens, {taken}: shorten it"
-    return None
-
-
-def _host_verdict(view: EngineView, wanted: Wanted, need: int, settings: BrokerSettings, now_ms: Ms) -> str:
-    if view.engine_id == wanted.failed_engine_id:
+def _verdict(host: Host, wanted: Wanted, need: int, settings: BrokerSettings, now_ms: Ms) -> str:
+    view = host.view
+    if view.spec.engine_id == wanted.failed_engine_id:
         return "failed"
     if view.state is not EngineState.READY:
         return view.state.value
@@ -182,45 +161,74 @@ def _host_verdict(view: EngineView, wanted: Wanted, need: int, settings: BrokerS
         return "capacity_unknown"
     if 0 < view.max_model_len_tokens < need - settings.placement.reserve_tokens:
         return "prompt_too_long"
-    return FITS if _occupied(view, wanted) + need <= _limit(view, settings) else "over_watermark"
+    return "fits" if host.occupied_tokens + need <= host.limit_tokens else "over_watermark"
 
 
-def _nothing_fits(wanted: Wanted, need: Tokens, verdicts: dict[EngineId, str]) -> NoPlacement:
-    ready = [verdict for verdict in verdicts.values() if verdict in {"over_watermark", "prompt_too_long"}]
-    if ready:
+def _longest_first_input(hosts: Sequence[Host], settings: BrokerSettings) -> int | None:
+    """The longest first input that any of them could host when empty; None while one of them is not known."""
+    longest = -1
+    for host in hosts:
+        if host.view.kv_capacity_tokens == 0:
+            return None
+        room = max(host.limit_tokens - settings.placement.reserve_tokens, 0)
+        longest = max(longest, min(room, host.view.max_model_len_tokens or room))
+    return longest if hosts else None
+
+
+def _too_long(wanted: Wanted, longest: int | None) -> bool:
+    # An estimate may be off by a factor of two; what is longer even then is too long.
+    at_least = wanted.input_tokens if wanted.exact else wanted.input_tokens // 2
+    return longest is not None and at_least > longest
+
+
+def _never(wanted: Wanted, longest: int | None) -> NoPlacement:
+    if longest is None:
+        reason = RefusalReason.UNKNOWN_MODEL
+        detail = f"no engine is configured for model {wanted.model}: check its name"
+    else:
+        reason = RefusalReason.PROMPT_TOO_LONG
+        taken = f"the largest decoder of {wanted.model} takes {longest}"
+        detail = f"the first turn has {wanted.input_tokens} tokens, {taken}: shorten it"
+    return NoPlacement(reason=reason, detail=detail, hopeless=True, need_tokens=wanted.input_tokens)
+
+
+def _nothing_fits(wanted: Wanted, need: Tokens, hosts: Sequence[Host], settings: BrokerSettings) -> NoPlacement:
+    longest = _longest_first_input(hosts, settings)
+    if _too_long(wanted, longest):
+        return _never(wanted, longest)
+    if any(host.verdict in {"over_watermark", "prompt_too_long"} for host in hosts):
         reason = RefusalReason.NO_CAPACITY
         detail = f"no decoder of {wanted.model} has {need} tokens of KV free under its watermark: retry or add decoders"
     else:
-        seen = ", ".join(f"{engine_id} {verdict}" for engine_id, verdict in verdicts.items()) or "none configured"
+        seen = ", ".join(f"{host.view.engine_id} {host.verdict}" for host in hosts) or "none configured"
         reason = RefusalReason.NO_READY_ENGINE
         detail = f"no decoder of {wanted.model} is ready ({seen}): see `conserve engines list`"
-    return NoPlacement(reason=reason, detail=detail, hopeless=False, need_tokens=need, verdicts=verdicts)
+    return NoPlacement(reason=reason, detail=detail, hopeless=False, need_tokens=need, hosts=tuple(hosts))
 
 
 # ---- decoder ------------------------------------------------------------------------------------------------
 
 
 def _choose_decoder(
-    fitting: Sequence[EngineView], wanted: Wanted, need: int, settings: BrokerSettings
-) -> tuple[EngineView, str]:
+    fitting: Sequence[Host], hint: EngineId | None, need: int, settings: BrokerSettings
+) -> tuple[Host, str]:
     best, hinted = fitting[0], None
-    for view in fitting:
-        if _load_gap(view, best, wanted, need) < 0:
-            best = view
-        if view.engine_id == wanted.hint:
-            hinted = view
+    for host in fitting:
+        if _load_gap(host, best, need) < 0:
+            best = host
+        if host.view.spec.engine_id == hint:
+            hinted = host
     if hinted is not None:
-        both = hinted.kv_capacity_tokens * best.kv_capacity_tokens
-        if _load_gap(hinted, best, wanted, need) * MILLION <= settings.placement.hint_slack_ppm * both:
+        both = hinted.view.kv_capacity_tokens * best.view.kv_capacity_tokens
+        if _load_gap(hinted, best, need) * MILLION <= settings.placement.hint_slack_ppm * both:
             return hinted, "hint"
     return best, "most_free_kv"
 
 
-def _load_gap(one: EngineView, other: EngineView, wanted: Wanted, need: int) -> int:
-    """Load of one minus load of the other, times both capacities."""
-    return (_occupied(one, wanted) + need) * other.kv_capacity_tokens - (
-        _occupied(other, wanted) + need
-    ) * one.kv_capacity_tokens
+def _load_gap(one: Host, other: Host, need: int) -> int:
+    """Load of one minus load of the other, after placement, times both capacities."""
+    one_load = (one.occupied_tokens + need) * other.view.kv_capacity_tokens
+    return one_load - (other.occupied_tokens + need) * one.view.kv_capacity_tokens
 
 
 # ---- receipt ------------------------------------------------------------------------------------------------
@@ -229,22 +237,22 @@ def _load_gap(one: EngineView, other: EngineView, wanted: Wanted, need: int) -> 
 def _receipt(
     wanted: Wanted,
     need: Tokens,
-    hosts: Sequence[EngineView],
-    verdicts: dict[EngineId, str],
+    hosts: Sequence[Host],
     *,
     rule: str,
     plan: PrefillPlan | None,
     settings: BrokerSettings,
 ) -> Receipt:
-    shown = _shortlist(hosts, verdicts, wanted, need, settings.receipt_candidates_max)
-    own_score = {} if plan is None else {plan.decoder_id: plan.decoder_score_us}
+    entries_max = settings.receipt_candidates_max
+    own_score_us = -1 if plan is None else plan.decoder_score_us
     candidates = [
-        _candidate(view, "decoder", verdicts[view.engine_id], own_score.get(view.engine_id, -1)) for view in shown
+        host.view.as_candidate("decoder", host.verdict, own_score_us if host.verdict == "chosen" else -1)
+        for host in _shortlist(hosts, entries_max)
     ]
     if plan is not None:
         candidates += [
-            _candidate(weighed.view, "prefiller", weighed.verdict, weighed.score_us)
-            for weighed in plan.shortlist(settings.receipt_candidates_max)
+            weighed.view.as_candidate("prefiller", weighed.verdict, weighed.score_us)
+            for weighed in plan.shortlist(entries_max)
         ]
     return Receipt(
         preset=settings.placement.name,
@@ -256,31 +264,14 @@ def _receipt(
     )
 
 
-def _shortlist(
-    hosts: Sequence[EngineView], verdicts: dict[EngineId, str], wanted: Wanted, need: int, entries_max: int
-) -> Sequence[EngineView]:
+def _shortlist(hosts: Sequence[Host], entries_max: int) -> Sequence[Host]:
+    """The decoders a receipt shows: the chosen one and the emptiest others, ordered by id."""
     if len(hosts) <= entries_max:
         return hosts
 
-    def rank(view: EngineView) -> tuple[int, int, EngineId]:
-        verdict = verdicts[view.engine_id]
-        order = 0 if verdict == "chosen" else 1 if verdict == FITS else 2
-        load_ppm = (_occupied(view, wanted) + need) * MILLION // max(view.kv_capacity_tokens, 1)
-        return order, load_ppm, view.engine_id
+    def rank(host: Host) -> tuple[int, int, EngineId]:
+        order = 0 if host.verdict == "chosen" else 1 if host.verdict == "fits" else 2
+        load_ppm = host.occupied_tokens * MILLION // max(host.view.kv_capacity_tokens, 1)
+        return order, load_ppm, host.view.spec.engine_id
 
-    return sorted(sorted(hosts, key=rank)[:entries_max], key=lambda view: view.engine_id)
-
-
-def _candidate(view: EngineView, role: str, verdict: str, score_us: int) -> CandidateView:
-    return CandidateView(
-        engine_id=view.engine_id,
-        role=role,
-        verdict=verdict,
-        capacity_tokens=view.kv_capacity_tokens,
-        leased_tokens=view.kv_leased_tokens,
-        used_tokens=view.kv_used_tokens,
-        backlog_tokens=view.backlog_tokens,
-        running=view.running,
-        rate_tokens_per_s=view.rate_tokens_per_s,
-        score_us=score_us,
-    )
+    return sorted(sorted(hosts, key=rank)[:entries_max], key=lambda host: host.view.spec.engine_id)

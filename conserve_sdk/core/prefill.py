@@ -22,7 +22,7 @@ from conserve_sdk.core.units import MILLION, EngineId, Ms
 from conserve_sdk.core.views import EngineView
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Weighed:
     """A prefiller, what was found about it, and its score (-1 where none was computed)."""
 
@@ -31,15 +31,15 @@ class Weighed:
     score_us: int = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PrefillPlan:
     """The outcome. `prefiller` None: the decoder prefills the first turn itself."""
 
     prefiller: EngineView | None
     rule: str
-    decoder_id: EngineId
     decoder_score_us: int = -1
-    weighed: tuple[Weighed, ...] = ()
+    """The decoder's own score; -1 where none was computed."""
+    weighed: Sequence[Weighed] = ()
 
     def shortlist(self, entries_max: int) -> Sequence[Weighed]:
         """The prefillers a receipt shows: the chosen one and the best others, ordered by id."""
@@ -74,21 +74,27 @@ def plan_prefill(
     """
     rules = settings.placement
     if rules.prefill_choice is PrefillChoice.NEVER:
-        return PrefillPlan(prefiller=None, rule="never", decoder_id=decoder.engine_id)
-    others = [view for view in engines if _may_prefill(view) and view.engine_id != decoder.engine_id]
-    verdicts = [
-        "failed" if view.engine_id == failed_engine_id else _verdict(view, decoder, input_tokens, settings, now_ms)
-        for view in others
+        return PrefillPlan(prefiller=None, rule="never")
+    weighed = [
+        Weighed(view=view, verdict=_verdict(view, decoder, input_tokens, settings, now_ms))
+        for view in engines
+        if view.spec.role is not Role.DECODER and view is not decoder
     ]
-    usable = [view for view, verdict in zip(others, verdicts, strict=True) if verdict == "fits"]
+    for candidate in weighed:
+        if candidate.view.spec.engine_id == failed_engine_id:
+            candidate.verdict = "failed"
+    plan = PrefillPlan(prefiller=None, rule="", weighed=weighed)
+    usable = [candidate for candidate in weighed if candidate.verdict == "fits"]
     if not usable:
-        weighed = tuple(Weighed(view=v, verdict=verdict) for v, verdict in zip(others, verdicts, strict=True))
-        return PrefillPlan(prefiller=None, rule=_why_none(verdicts), decoder_id=decoder.engine_id, weighed=weighed)
-    if rules.prefill_choice is PrefillChoice.ALWAYS_PREFILLER:
-        chosen, rule = min(usable, key=lambda view: (view.backlog_tokens, view.engine_id)), "always_prefiller"
+        plan.rule = _why_none(weighed)
+    elif rules.prefill_choice is PrefillChoice.ALWAYS_PREFILLER:
+        least = min(usable, key=lambda candidate: (candidate.view.backlog_tokens, candidate.view.spec.engine_id))
+        _choose(plan, least, rule="always_prefiller")
+    elif input_tokens < rules.local_below_tokens:
+        plan.rule = "below_minimum"
     else:
-        chosen, rule = _lowest_score(decoder, usable, input_tokens, rules)
-    return _plan(decoder, others, verdicts, chosen=chosen, rule=rule, input_tokens=input_tokens, rules=rules)
+        _choose_lowest_score(plan, decoder, usable, input_tokens, rules)
+    return plan
 
 
 def score_us(view: EngineView, *, input_tokens: int, moves: bool, rules: PlacementSettings) -> int:
@@ -98,10 +104,6 @@ def score_us(view: EngineView, *, input_tokens: int, moves: bool, rules: Placeme
     move_us = rules.transfer_overhead_us + input_tokens * MILLION // rules.transfer_tokens_per_s if moves else 0
     streams = 0 if view.spec.role is Role.PREFILLER else max(view.busy, view.running)
     return own_us + move_us + rules.harm_weight_ppm * streams * input_tokens // rate
-
-
-def _may_prefill(view: EngineView) -> bool:
-    return view.spec.role is not Role.DECODER
 
 
 def _verdict(view: EngineView, decoder: EngineView, input_tokens: int, settings: BrokerSettings, now_ms: Ms) -> str:
@@ -118,51 +120,27 @@ def _verdict(view: EngineView, decoder: EngineView, input_tokens: int, settings:
     return "prompt_too_long" if longest and input_tokens > min(longest) else "fits"
 
 
-def _why_none(verdicts: Sequence[str]) -> str:
+def _why_none(weighed: Sequence[Weighed]) -> str:
+    verdicts = [candidate.verdict for candidate in weighed]
     if not verdicts:
         return "no_prefiller"
     return verdicts[0] if verdicts.count(verdicts[0]) == len(verdicts) else "no_usable_prefiller"
 
 
-def _lowest_score(
-    decoder: EngineView, usable: Sequence[EngineView], input_tokens: int, rules: PlacementSettings
-) -> tuple[EngineView, str]:
-    if input_tokens < rules.local_below_tokens:
-        return decoder, "below_minimum"
-    best, best_us = decoder, score_us(decoder, input_tokens=input_tokens, moves=False, rules=rules)
-    for view in usable:
-        own_us = score_us(view, input_tokens=input_tokens, moves=True, rules=rules)
-        if own_us < best_us:
-            best, best_us = view, own_us
-    return best, "score"
+def _choose(plan: PrefillPlan, chosen: Weighed, *, rule: str) -> None:
+    chosen.verdict = "chosen"
+    plan.prefiller = chosen.view
+    plan.rule = rule
 
 
-def _plan(
-    decoder: EngineView,
-    others: Sequence[EngineView],
-    verdicts: Sequence[str],
-    *,
-    chosen: EngineView,
-    rule: str,
-    input_tokens: int,
-    rules: PlacementSettings,
-) -> PrefillPlan:
-    scored = rule == "score"
-    weighed = tuple(
-        Weighed(
-            view=view,
-            verdict="chosen" if view is chosen else verdict,
-            score_us=score_us(view, input_tokens=input_tokens, moves=True, rules=rules)
-            if scored and verdict == "fits"
-            else -1,
-        )
-        for view, verdict in zip(others, verdicts, strict=True)
-    )
-    own_us = score_us(decoder, input_tokens=input_tokens, moves=False, rules=rules) if scored else -1
-    return PrefillPlan(
-        prefiller=None if chosen is decoder else chosen,
-        rule=rule,
-        decoder_id=decoder.engine_id,
-        decoder_score_us=own_us,
-        weighed=weighed,
-    )
+def _choose_lowest_score(
+    plan: PrefillPlan, decoder: EngineView, usable: Sequence[Weighed], input_tokens: int, rules: PlacementSettings
+) -> None:
+    """The lowest score wins; ties stay on the decoder, then go to the lower id."""
+    plan.rule = "score"
+    plan.decoder_score_us = score_us(decoder, input_tokens=input_tokens, moves=False, rules=rules)
+    for candidate in usable:
+        candidate.score_us = score_us(candidate.view, input_tokens=input_tokens, moves=True, rules=rules)
+    best = min(usable, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
+    if best.score_us < plan.decoder_score_us:
+        _choose(plan, best, rule="score")

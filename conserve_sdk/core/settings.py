@@ -95,4 +95,4 @@ class BrokerSettings:
     wait_max_ms: Ms = Ms(120_000)
     retry_after_ms: Ms = Ms(1_000)
     backlog_max_age_ms: Ms = Ms(30_000)
-    receipt_candidates_max: int = 8
+    receipt_candidates_max: int = 4

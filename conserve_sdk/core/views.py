@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conserve_sdk.core.events import EngineSpec, EngineState, RefusalReason
+from conserve_sdk.core.receipt import CandidateView
 from conserve_sdk.core.units import EngineId, Incarnation, Ms, Tokens
 
 
@@ -49,6 +50,9 @@ class EngineView:
     rate_tokens_per_s: int = 1
     block_size_tokens: Tokens = Tokens(0)
     max_model_len_tokens: Tokens = Tokens(0)
+    _candidates: dict[tuple[str, str], CandidateView] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def engine_id(self) -> EngineId:
@@ -58,6 +62,26 @@ class EngineView:
     def observed_within(self, max_age_ms: Ms, *, now_ms: Ms) -> bool:
         """Whether the last observation is at most this old (invariant 6)."""
         return self.observed_at_ms is not None and now_ms - self.observed_at_ms <= max_age_ms
+
+    def as_candidate(self, role: str, verdict: str, score_us: int = -1) -> CandidateView:
+        """Its line in a receipt. Lines without a score are shared between receipts, which keeps leases small."""
+        line = self._candidates.get((role, verdict)) if score_us < 0 else None
+        if line is None:
+            line = CandidateView(
+                engine_id=self.spec.engine_id,
+                role=role,
+                verdict=verdict,
+                capacity_tokens=self.kv_capacity_tokens,
+                leased_tokens=self.kv_leased_tokens,
+                used_tokens=self.kv_used_tokens,
+                backlog_tokens=self.backlog_tokens,
+                running=self.running,
+                rate_tokens_per_s=self.rate_tokens_per_s,
+                score_us=score_us,
+            )
+            if score_us < 0:
+                self._candidates[role, verdict] = line
+        return line
 
 
 def _no_refusals() -> dict[RefusalReason, int]:
