@@ -34,7 +34,6 @@ class TransferTicket:
 
     Attributes:
         lease_id: the lease whose prefill leg made the params.
-        prompt_tokens: length of the prefilled prompt, 0 when the prefiller did not say.
     """
 
     def __init__(
@@ -43,11 +42,9 @@ class TransferTicket:
         *,
         lease_id: str,
         deadline_ms: int,
-        prompt_tokens: int,
         token_ids: list[int] | None,
     ) -> None:
         self.lease_id = lease_id
-        self.prompt_tokens = prompt_tokens
         self._params: dict[str, Any] | None = dict(params)
         if token_ids is not None:
             self._params["prompt_token_ids"] = token_ids
@@ -102,9 +99,7 @@ def read_ticket(answer: object, *, lease_id: str, now_ms: int, deadline_ms: int,
     ids = answer.get("prompt_token_ids") if send_ids else None
     if ids is not None and not _is_token_ids(ids):
         raise TransferRefused("bad_transfer_params", "prompt_token_ids is not a list of token ids")
-    return TransferTicket(
-        params, lease_id=lease_id, deadline_ms=now_ms + deadline_ms, prompt_tokens=_prompt_tokens(answer), token_ids=ids
-    )
+    return TransferTicket(params, lease_id=lease_id, deadline_ms=now_ms + deadline_ms, token_ids=ids)
 
 
 def _problem(params: object) -> str:
@@ -129,11 +124,6 @@ def _are_blocks(blocks: object) -> bool:
         return False
     groups = blocks if isinstance(blocks[0], list) else [blocks]
     return all(isinstance(group, list) and group and all(_whole(item) >= 0 for item in group) for group in groups)
-
-
-def _prompt_tokens(answer: dict[str, Any]) -> int:
-    usage = answer.get("usage")
-    return max(_whole(usage.get("prompt_tokens", usage.get("input_tokens"))), 0) if isinstance(usage, dict) else 0
 
 
 def _whole(value: object) -> int:

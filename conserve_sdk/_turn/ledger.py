@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import httpx2
@@ -11,10 +12,20 @@ from conserve_sdk._registry import LeaseRef
 from conserve_sdk._tracker import TurnFacts, TurnTracker
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk.core.units import EngineId, LeaseId
-from conserve_sdk.protocol import Binding, EngineFailureReport, LeaseGrant, TurnFinishedReport, TurnStartedReport
+from conserve_sdk.errors import LeaseClosed
+from conserve_sdk.protocol import (
+    Binding,
+    EngineFailureReport,
+    LeaseGrant,
+    Report,
+    TurnFinishedReport,
+    TurnStartedReport,
+)
 from conserve_sdk.telemetry import TurnRecord
 
 __all__ = ["ActiveTurn", "error_name"]
+
+log = logging.getLogger("conserve_sdk.turn")
 
 MILLIS_MAX = 86_400_000
 CANCELLED = "client_cancelled"
@@ -55,7 +66,6 @@ class ActiveTurn:
         self.loss = ""
         self.lease_wait_us = 0
         self.prefill_us: int | None = None
-        self.prefill_prompt_tokens = 0
         self._kit = kit
         self._arrived_us = kit.clock_us()
         self._slot = kit.registry.begin_turn(ref, arrived_at_ms=self._arrived_us // 1000)
@@ -75,14 +85,13 @@ class ActiveTurn:
     def sent(self) -> None:
         """The turn is on its way to the engines."""
         if self.lease is not None:
-            report = TurnStartedReport(token=self._token(), input_tokens=self.prefill_prompt_tokens)
-            self._kit.reporter.submit(report)
+            self._submit(TurnStartedReport(token=self._token()))
 
     def engine_failed(self, engine: Binding, *, phase: str, detail: str) -> None:
         """Tell the broker that an engine of the lease could not be used."""
         if self.lease is None:
             return
-        self._kit.reporter.submit(
+        self._submit(
             EngineFailureReport.model_validate(
                 {
                     "token": self._token(),
@@ -124,10 +133,17 @@ class ActiveTurn:
         if facts.response_id and not failure:
             self._kit.book.commit(self.match, self.digest, response_id=facts.response_id)
         if self.lease is not None:
-            self._kit.reporter.submit(self._report(facts, failure, now_us=now_us, idle=idle))
+            self._submit(self._report(facts, failure, now_us=now_us, idle=idle))
         self._kit.emit(self._record(facts, failure, now_us=now_us))
 
     # ---- what is told -----------------------------------------------------------------------------------------
+
+    def _submit(self, report: Report) -> None:
+        try:
+            self._kit.reporter.submit(report)
+        except LeaseClosed:
+            # The ConServe object was closed under a turn that was still running; the application gets its answer.
+            log.info("report_lost lease_id=%s kind=%s: closed", self.lease.lease_id if self.lease else "", report.kind)
 
     def _facts(self) -> TurnFacts:
         if self.tracker is None:

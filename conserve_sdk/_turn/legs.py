@@ -151,7 +151,6 @@ class Legs:
         assert place.lease is not None
         turn = self._turn
         self._spend(place)
-        turn.prefill_prompt_tokens = ticket.prompt_tokens
         try:
             params = ticket.redeem(lease_id=place.lease.lease_id, now_ms=self._kit.now_ms(), hold=place.plan.hold)
         except TransferRefused as refused:

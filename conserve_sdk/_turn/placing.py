@@ -183,9 +183,6 @@ class Placing:
     def _store(self, grant: LeaseGrant, *, sent_at_ms: int) -> None:
         self._kit.broker_answered()
         self._kit.registry.store(self._ref, grant, sent_at_ms=sent_at_ms)
-        if grant.migrations or grant.turns:
-            # Another process has begun this lease: its prompt is on the decoder, or will be computed there.
-            self._kit.registry.mark_migrated(LeaseId(grant.lease_id))
         self._kit.reporter.wake()
 
     # ---- pieces -----------------------------------------------------------------------------------------------

@@ -2,5 +2,16 @@
 
 from conserve_sdk.testing._broker import BrokerExchange, InMemoryBroker, small_fleet
 from conserve_sdk.testing._clock import FakeClock
+from conserve_sdk.testing._engine import EngineCall, EngineReply, ScriptedEngine
+from conserve_sdk.testing._network import deny_network
 
-__all__ = ["BrokerExchange", "FakeClock", "InMemoryBroker", "small_fleet"]
+__all__ = [
+    "BrokerExchange",
+    "EngineCall",
+    "EngineReply",
+    "FakeClock",
+    "InMemoryBroker",
+    "ScriptedEngine",
+    "deny_network",
+    "small_fleet",
+]
