@@ -244,6 +244,7 @@ class EngineInfo(_Wire):
     observed_ago_ms: int | None
     block_size_tokens: int = 0
     max_model_len_tokens: int = 0
+    draining: bool = False
 
 
 class EngineList(_Wire):

@@ -130,6 +130,7 @@ def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
         observed_ago_ms=None if view.observed_at_ms is None else now_ms - view.observed_at_ms,
         block_size_tokens=view.block_size_tokens,
         max_model_len_tokens=view.max_model_len_tokens,
+        draining=view.draining,
     )
 
 

@@ -1,0 +1,173 @@
+"""What an operator asks a running broker, and how the answers look in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from conserve_sdk.protocol import CandidateInfo, EngineInfo, EngineList, LeaseExplanation, Problem
+
+__all__ = ["DEFAULT_URL", "AdminError", "Command", "explain", "list_engines", "set_draining"]
+
+DEFAULT_URL = "http://127.0.0.1:7070"
+Command = Callable[[], None]
+
+_TIMEOUT_S = 10.0
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class AdminError(Exception):
+    """The broker cannot be asked or says no; one line that says what to do."""
+
+
+def explain(broker_url: str, lease_id: str, *, as_json: bool) -> None:
+    """Print why a lease stands where it does.
+
+    Raises:
+        AdminError: unreachable broker, or no such live lease.
+    """
+    found = _ask("GET", broker_url, f"/v1/leases/{quote(lease_id, safe='')}/explain", LeaseExplanation)
+    if as_json:
+        print_json(found)
+        return
+    console = Console(markup=False)
+    console.print(_facts(found))
+    console.print(_candidates(found))
+
+
+def list_engines(broker_url: str, *, as_json: bool) -> None:
+    """Print the engines.
+
+    Raises:
+        AdminError: unreachable broker.
+    """
+    found = _ask("GET", broker_url, "/v1/engines", EngineList)
+    if as_json:
+        print_json(found)
+    else:
+        Console(markup=False).print(_engines(found.engines))
+
+
+def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bool) -> None:
+    """Drain or undrain an engine and print it.
+
+    Raises:
+        AdminError: unreachable broker, or no such engine.
+    """
+    verb = "drain" if draining else "undrain"
+    found = _ask("POST", broker_url, f"/v1/engines/{quote(engine_id, safe='')}/{verb}", EngineInfo)
+    if as_json:
+        print_json(found)
+    else:
+        Console(markup=False).print(_engines((found,)))
+
+
+def print_json(answer: BaseModel) -> None:
+    """The broker's answer as JSON on standard output."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(answer.model_dump_json(indent=2))
+
+
+def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answer:
+    try:
+        with httpx2.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+            response = client.request(method, broker_url.rstrip("/") + path)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as fault:
+        raise AdminError(f"no broker answers at {broker_url} ({fault}): start it, or correct --broker") from fault
+    try:
+        if response.is_success:
+            return answer.model_validate_json(response.content)
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError as fault:
+        raise AdminError(
+            f"what answers at {broker_url} is no ConServe broker (status {response.status_code}): correct --broker"
+        ) from fault
+    raise AdminError(f"{problem.detail} ({problem.code})")
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _facts(lease: LeaseExplanation) -> Table:
+    table = Table(title=f"lease {lease.lease_id}", show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "conversation": f"{lease.conversation_id} / {lease.lineage} ({lease.model})",
+        "epoch": f"{lease.epoch}" + (f", supersedes {lease.supersedes}" if lease.supersedes else ""),
+        "mode": lease.mode,
+        "prefiller": lease.prefiller.engine_id if lease.prefiller else "none",
+        "decoder": f"{lease.decoder.engine_id} ({lease.decoder_now.state if lease.decoder_now else 'gone'})",
+        "activity": f"{lease.activity} for {_seconds(lease.activity_for_ms)}",
+        "turns, migrations": f"{lease.turns}, {lease.migrations}",
+        "ledger": f"{lease.ledger_tokens:,} tokens",
+        "granted": f"{_seconds(lease.granted_ago_ms)} ago, expires in {_seconds(lease.expires_in_ms)}",
+        "decoder chosen by": f"{lease.decision.rule} (preset {lease.decision.preset})",
+        "prefill chosen by": lease.decision.prefill_rule,
+        "needed": f"{lease.decision.need_tokens:,} tokens, waited {_seconds(lease.decision.waited_ms)}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _candidates(lease: LeaseExplanation) -> Table:
+    table = Table(title="candidates as they were", title_justify="left", box=SIMPLE, pad_edge=False)
+    for name in ("role", "engine", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("leased", "of", "used", "backlog", "running", "tokens/s", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for candidate in lease.decision.candidates:
+        table.add_row(*_candidate_row(candidate), style="bold" if candidate.verdict == "chosen" else None)
+    return table
+
+
+def _candidate_row(candidate: CandidateInfo) -> tuple[str, ...]:
+    return (
+        candidate.role,
+        candidate.engine_id,
+        candidate.verdict,
+        f"{candidate.leased_tokens:,}",
+        f"{candidate.capacity_tokens:,}",
+        f"{candidate.used_tokens:,}",
+        f"{candidate.backlog_tokens:,}",
+        str(candidate.running),
+        f"{candidate.rate_tokens_per_s:,}",
+        "" if candidate.score_us < 0 else f"{candidate.score_us / 1000:,.1f} ms",
+    )
+
+
+def _engines(engines: tuple[EngineInfo, ...]) -> Group:
+    """A table, and below it why an engine is not ready: such lines are too long for a column."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("engine", "role", "state", "model"):
+        table.add_column(name, no_wrap=True)
+    for name in ("KV leased", "of", "leases", "running", "backlog", "seen"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for engine in engines:
+        table.add_row(
+            engine.engine_id,
+            engine.role,
+            engine.state,
+            engine.model,
+            f"{engine.kv_leased_tokens:,}",
+            f"{engine.kv_capacity_tokens:,}",
+            str(engine.leases),
+            str(engine.running),
+            f"{engine.backlog_tokens:,}",
+            "never" if engine.observed_ago_ms is None else _seconds(engine.observed_ago_ms),
+        )
+    details = [Text(f"{engine.engine_id}: {engine.detail}") for engine in engines if engine.detail]
+    return Group(table, *details)
+
+
+def _seconds(ms: int) -> str:
+    return f"{ms / 1000:.1f} s"

@@ -1,0 +1,167 @@
+"""The broker's commands: `conserve broker`, `conserve explain`, `conserve engines`.
+
+Exit codes: 0 fine, 1 something failed (unreachable broker, unknown lease), 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from conserve_broker import admin
+from conserve_broker.check import check_config
+from conserve_broker.journal import JournalError
+from conserve_broker.logbook import LOGGER_NAME
+from conserve_broker.server import BrokerServer
+from conserve_broker.settings import ConfigProblem, load_config
+
+__all__ = ["broker_main", "engines_main", "explain_main"]
+
+_FAILED = 1
+_WRONG_USAGE = 2
+_LEVELS = ("debug", "info", "warning", "error")
+
+BrokerUrl = Annotated[
+    str, typer.Option("--broker", envvar="CONSERVE_BROKER_URL", help="Where the broker answers, e.g. http://host:7070.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the broker's answer as it is.")]
+
+
+def _application(text: str) -> typer.Typer:
+    return typer.Typer(
+        help=text, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
+    )
+
+
+broker_app = _application("Run the broker that hands out conversation leases.")
+explain_app = _application("Explain why a lease stands where it does.")
+engines_app = _application("List, drain and undrain engines.")
+
+
+def broker_main(argv: Sequence[str]) -> int:
+    """`conserve broker --config broker.toml` and `conserve broker check-config broker.toml`."""
+    return _run(broker_app, argv, name="conserve broker")
+
+
+def explain_main(argv: Sequence[str]) -> int:
+    """`conserve explain LEASE`."""
+    return _run(explain_app, argv, name="conserve explain")
+
+
+def engines_main(argv: Sequence[str]) -> int:
+    """`conserve engines list|drain|undrain [ENGINE]`."""
+    return _run(engines_app, argv, name="conserve engines")
+
+
+def _run(app: typer.Typer, argv: Sequence[str], *, name: str) -> int:
+    try:
+        app(args=list(argv), prog_name=name)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _fail(code: int, *lines: str) -> NoReturn:
+    for line in lines:
+        typer.echo(f"error: {line}", err=True)
+    raise typer.Exit(code)
+
+
+# ---- conserve broker --------------------------------------------------------------------------------------------
+
+
+@broker_app.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind instead of listen.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind instead of listen.port; 0: any free one.")] = None,
+    log_level: Annotated[str, typer.Option(help=f"One of {', '.join(_LEVELS)}.")] = "info",
+) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    if context.invoked_subcommand is not None:
+        return
+    if log_level not in _LEVELS:
+        _fail(_WRONG_USAGE, f"--log-level {log_level}: choose one of {', '.join(_LEVELS)}")
+    if config is None:
+        _fail(_WRONG_USAGE, "which configuration? give --config broker.toml (broker/broker.example.toml is a start)")
+    _log_to_stderr(log_level)
+    listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    overrides: dict[str, Any] = {"listen": listen} if listen else {}
+    try:
+        settings = load_config(config, overrides=overrides)
+        for warning in settings.warnings():
+            typer.echo(f"warning: {warning}", err=True)
+        BrokerServer(settings, config_path=config, overrides=overrides).serve_forever()
+    except ConfigProblem as problem:
+        _fail(_WRONG_USAGE, *problem.problems)
+    except JournalError as problem:
+        _fail(_FAILED, str(problem))
+
+
+@broker_app.command("check-config")
+def check(
+    config: Annotated[Path, typer.Argument(help="Configuration file (TOML).")],
+    probe: Annotated[bool, typer.Option("--probe", help="Ask every engine whether it fits.")] = False,
+) -> None:
+    """Print the merged configuration and what is wrong with it."""
+    report = check_config(config, probe=probe)
+    typer.echo(report.text())
+    raise typer.Exit(report.exit_code)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", force=True
+    )
+    logging.getLogger(LOGGER_NAME).setLevel(level.upper())
+
+
+# ---- conserve explain -------------------------------------------------------------------------------------------
+
+
+@explain_app.command()
+def explain(
+    lease: Annotated[str, typer.Argument(help="Id of a live lease (response header x-conserve-lease).")],
+    broker: BrokerUrl = admin.DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """Print a lease's receipt: candidates, the numbers that were read, the rule that fired, and how it is now."""
+    _show(lambda: admin.explain(broker, lease, as_json=as_json))
+
+
+# ---- conserve engines -------------------------------------------------------------------------------------------
+
+EngineArgument = Annotated[str, typer.Argument(help="Id of a configured engine.")]
+
+
+@engines_app.command("list")
+def list_engines(broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
+    """List the engines as the broker sees them."""
+    _show(lambda: admin.list_engines(broker, as_json=as_json))
+
+
+@engines_app.command()
+def drain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
+    """Give an engine no new leases; those it has live on."""
+    _show(lambda: admin.set_draining(broker, engine, draining=True, as_json=as_json))
+
+
+@engines_app.command()
+def undrain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
+    """Let a drained engine take leases again."""
+    _show(lambda: admin.set_draining(broker, engine, draining=False, as_json=as_json))
+
+
+def _show(command: admin.Command) -> None:
+    try:
+        command()
+    except admin.AdminError as problem:
+        _fail(_FAILED, str(problem))

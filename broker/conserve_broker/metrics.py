@@ -1,0 +1,141 @@
+"""The broker's own metrics for Prometheus. Totals are read from the core when scraped, so nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from conserve_broker.clock import BrokerClock
+from conserve_broker.service import Observer
+from conserve_sdk._desk import Outcome
+from conserve_sdk.core import Broker, EngineView
+from conserve_sdk.core.events import EngineState, Granted
+from conserve_sdk.core.units import Ms
+
+__all__ = ["METRICS_MEDIA_TYPE", "BrokerMetrics"]
+
+METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FAST_S = (0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05)
+_WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_COMMIT_S = (0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+_GRANTING = frozenset({"request_lease", "supersede_lease"})
+
+
+class BrokerMetrics(Observer):
+    """One registry of its own, so that several brokers fit into one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._placement = Histogram(
+            "conserve_placement_duration_seconds",
+            "Time the desk and the core took to answer or queue one grant or supersede",
+            buckets=_FAST_S,
+            registry=self.registry,
+        )
+        self._wait = Histogram(
+            "conserve_lease_wait_seconds",
+            "Time from a request for a lease to its grant, admission queue included",
+            buckets=_WAIT_S,
+            registry=self.registry,
+        )
+        self._commit = Histogram(
+            "conserve_journal_commit_seconds",
+            "Time until a group of changes was durable",
+            buckets=_COMMIT_S,
+            registry=self.registry,
+        )
+
+    def watch(self, core: Broker, *, clock: BrokerClock) -> None:
+        """Export this core's state from now on."""
+        self.registry.register(_CoreState(core, clock=clock))
+
+    def handled(self, route: str, seconds: float) -> None:
+        """See `Observer.handled`."""
+        if route in _GRANTING:
+            self._placement.observe(seconds)
+
+    def decided(self, outcome: Outcome) -> None:
+        """See `Observer.decided`."""
+        for decision in outcome.decisions:
+            if isinstance(decision, Granted) and not decision.reused:
+                self._wait.observe(decision.lease.receipt.waited_ms / 1000)
+
+    def committed(self, seconds: float) -> None:
+        """See `Observer.committed`."""
+        self._commit.observe(seconds)
+
+    def page(self) -> bytes:
+        """What `GET /metrics` answers."""
+        return generate_latest(self.registry)
+
+
+class _CoreState(Collector):
+    def __init__(self, core: Broker, *, clock: BrokerClock) -> None:
+        self._core = core
+        self._clock = clock
+
+    def collect(self) -> Iterable[Metric]:
+        core = self._core
+        yield from self._totals()
+        yield GaugeMetricFamily("conserve_leases_active", "Live leases", value=core.lease_count())
+        yield GaugeMetricFamily("conserve_waiting_requests", "Requests queued for admission", value=core.waiting())
+        yield from _engine_gauges(core.engines(), now_ms=self._clock.now_ms())
+
+    def _totals(self) -> Iterable[Metric]:
+        counters = self._core.counters
+        for name, value, text in (
+            ("granted", counters.granted, "Leases granted"),
+            ("reused", counters.reused, "Requests answered with a lease that was already live"),
+            ("readopted", counters.readopted, "Leases put back into the ledger by their token"),
+            ("renewed", counters.renewed, "Renewals, those by reports included"),
+            ("released", counters.released, "Leases released by their holder"),
+            ("expired", counters.expired, "Leases that expired"),
+            ("superseded", counters.superseded, "Leases superseded by a later epoch"),
+            ("parked", counters.parked, "Leases parked"),
+        ):
+            yield CounterMetricFamily(f"conserve_lease_{name}", text, value=value)
+        refused = CounterMetricFamily("conserve_lease_refused", "Requests refused", labels=["reason"])
+        for reason, count in counters.refused.items():
+            refused.add_metric([reason.value], count)
+        yield refused
+        yield CounterMetricFamily(
+            "conserve_migrations", "Leases whose KV cache was moved (once each)", value=counters.migrations
+        )
+        yield CounterMetricFamily(
+            "conserve_engine_restarts", "Changes of incarnation seen", value=counters.engine_restarts
+        )
+
+
+def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Metric]:
+    occupancy = GaugeMetricFamily(
+        "conserve_decoder_kv_occupancy_ratio",
+        "KV tokens held by live leases over the decoder's capacity",
+        labels=["engine_id"],
+    )
+    leased = GaugeMetricFamily(
+        "conserve_decoder_kv_leased_tokens", "KV tokens held by live leases", labels=["engine_id"]
+    )
+    backlog = GaugeMetricFamily(
+        "conserve_engine_backlog_tokens", "Prompt tokens dispatched, first token not yet seen", labels=["engine_id"]
+    )
+    age = GaugeMetricFamily(
+        "conserve_observation_age_seconds", "Age of the last successful scrape", labels=["engine_id"]
+    )
+    state = GaugeMetricFamily(
+        "conserve_engine_state", "1 for the state the engine is in", labels=["engine_id", "state"]
+    )
+    for view in views:
+        name = view.spec.engine_id
+        capacity = view.kv_capacity_tokens
+        occupancy.add_metric([name], view.kv_leased_tokens / capacity if capacity else 0.0)
+        leased.add_metric([name], view.kv_leased_tokens)
+        backlog.add_metric([name], view.backlog_tokens)
+        if view.observed_at_ms is not None:
+            age.add_metric([name], (now_ms - view.observed_at_ms) / 1000)
+        for each in EngineState:
+            state.add_metric([name, each.value], each is view.state)
+    return occupancy, leased, backlog, age, state
