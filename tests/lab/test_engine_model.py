@@ -144,10 +144,10 @@ def test_held_blocks_stay_until_released_or_expired() -> None:
     assert not model.release_hold("a")
     assert model.next_hold_expiry_us() == end + 500
     assert model.expire_holds(now_us=end + 499) == []
-    assert model.extend_hold("b", until_us=end + 900)
+    assert model.renew_hold("b", until_us=end + 900)
     assert model.expire_holds(now_us=end + 899) == []
     assert model.expire_holds(now_us=end + 900) == ["b"]
-    assert not model.extend_hold("b", until_us=10**9)
+    assert not model.renew_hold("b", until_us=10**9)
     assert model.pool.used == 0
     assert model.counters.holds_expired == 1
     assert model.next_hold_expiry_us() is None

@@ -162,12 +162,12 @@ class EngineModel:
         self._pool.release(hold.blocks)
         return True
 
-    def extend_hold(self, request_id: str, *, until_us: int) -> bool:
-        """Keep a hold at least until `until_us` (a peer's heartbeat); False when it is gone."""
+    def renew_hold(self, request_id: str, *, until_us: int) -> bool:
+        """Let a hold end at `until_us` (a peer's heartbeat); False when it is gone."""
         hold = self._holds.get(request_id)
         if hold is None:
             return False
-        hold.expires_at_us = max(hold.expires_at_us, until_us)
+        hold.expires_at_us = until_us
         return True
 
     def expire_holds(self, *, now_us: int) -> list[str]:
@@ -190,7 +190,7 @@ class EngineModel:
         The state is advanced at once; the tokens exist `duration_us` later, when the caller hands them on and
         calls again.
         """
-        self.expire_holds(now_us=now_us)
+        expired = self.expire_holds(now_us=now_us)
         plan: list[_Work] = []
         preemptions = self.counters.preemptions
         budget = self._plan_running(plan, self.config.max_num_batched_tokens)
@@ -207,7 +207,7 @@ class EngineModel:
         )
         self.counters.steps += bool(plan)
         progress = self._commit(plan, end_us=now_us + duration_us)
-        return StepResult(duration_us, tuple(progress), tuple(fetches), prefill_tokens, len(decodes))
+        return StepResult(duration_us, tuple(progress), tuple(fetches), prefill_tokens, len(decodes), tuple(expired))
 
     def _plan_running(self, plan: list[_Work], budget: int) -> int:
         """Give running sequences their tokens, decodes first, preempting the youngest when blocks run out."""

@@ -46,11 +46,13 @@ class StepResult:
     fetches: tuple[FetchStart, ...] = ()
     prefill_tokens: int = 0
     decodes: int = 0
+    expired: tuple[str, ...] = ()
+    """Requests whose hold ended at the step's start."""
 
     @property
     def idle(self) -> bool:
         """Whether nothing was computed and no fetch began."""
-        return not self.duration_us and not self.progress and not self.fetches
+        return not self.prefill_tokens and not self.decodes and not self.fetches
 
 
 @dataclass(slots=True)

@@ -1,0 +1,181 @@
+"""Request fields that the routes share, checked as vLLM checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conserve_lab.emulator.errors import ApiError, prompt_too_long, unknown_model
+from conserve_lab.emulator.kv_params import FIELD, checked_type
+from conserve_lab.emulator.language import Wish
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the engine serves, as far as a request must know."""
+
+    model: str
+    max_model_len: int
+    connector: bool
+    stream_interval: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Fields all three APIs have under the same names."""
+
+    n: int
+    seed: int | None
+    stop: tuple[str, ...]
+    include_stop: bool
+    min_tokens: int
+    ignore_eos: bool
+
+    def wish(self, *, max_tokens: int, **rest: Any) -> Wish:
+        """Return the wish these fields are part of."""
+        return Wish(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop=self.stop,
+            include_stop=self.include_stop,
+            seed=self.seed,
+            **rest,
+        )
+
+
+def check_model(body: Body, served: Served) -> str:
+    """Return the model to echo.
+
+    Raises:
+        ApiError: The engine does not serve it (404).
+    """
+    model = body.get("model")
+    if model in (None, ""):
+        return served.model
+    if model != served.model:
+        raise unknown_model(model)
+    return served.model
+
+
+def kv_params(body: Body, served: Served) -> Mapping[str, Any] | None:
+    """Return `kv_transfer_params`, or None for an engine without a connector, which ignores them."""
+    params = checked_type(body.get(FIELD))
+    if params is None or served.connector:
+        return params
+    return {"prompt_token_ids": params["prompt_token_ids"]} if "prompt_token_ids" in params else None
+
+
+def sampling(body: Body) -> Sampling:
+    """Read the shared sampling fields.
+
+    Raises:
+        ApiError: One is of the wrong type or out of range.
+    """
+    n = whole(body, "n", default=1, least=1)
+    if n > 1 and body.get("temperature") == 0:
+        raise ApiError(f"n must be 1 when using greedy sampling, got {n}.", param="n")
+    stop = body.get("stop") or []
+    words = [stop] if isinstance(stop, str) else stop
+    if not isinstance(words, list) or any(not isinstance(word, str) for word in words):
+        raise ApiError("stop must be a string or a list of strings", param="stop")
+    seed = body.get("seed")
+    return Sampling(
+        n=n,
+        seed=seed if isinstance(seed, int) else None,
+        stop=tuple(words),
+        include_stop=bool(body.get("include_stop_str_in_output")),
+        min_tokens=whole(body, "min_tokens", default=0, least=0),
+        ignore_eos=bool(body.get("ignore_eos")),
+    )
+
+
+def token_limit(body: Body, names: Sequence[str], *, prompt_tokens: int, max_model_len: int) -> int:
+    """Return how many tokens may be generated: the first of `names` that is set, clipped to the context.
+
+    Raises:
+        ApiError: The prompt leaves no room, the limit is below 1, or `min_tokens` exceeds it.
+    """
+    if prompt_tokens >= max_model_len:
+        raise prompt_too_long(prompt_tokens, max_model_len=max_model_len)
+    room = max_model_len - prompt_tokens
+    limit = room
+    for name in names:
+        if body.get(name) is not None:
+            limit = min(whole(body, name, default=room, least=1), room)
+            break
+    minimum = whole(body, "min_tokens", default=0, least=0)
+    if minimum > limit:
+        raise ApiError(
+            f"min_tokens must be less than or equal to max_tokens={limit}, got {minimum}.", param="min_tokens"
+        )
+    return limit
+
+
+def check_stream_options(body: Body) -> Body:
+    """Return `stream_options`.
+
+    Raises:
+        ApiError: They are given for an answer that is not streamed.
+    """
+    options = body.get("stream_options")
+    if not options:
+        return {}
+    if not body.get("stream"):
+        raise ApiError("Stream options can only be defined when `stream=True`.", param="stream_options")
+    if not isinstance(options, dict):
+        raise ApiError("stream_options must be an object", param="stream_options")
+    return options
+
+
+def whole(body: Body, name: str, *, default: int, least: int) -> int:
+    """Return an integer field.
+
+    Raises:
+        ApiError: It is no integer or below `least`.
+    """
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) is not int:
+        raise ApiError(f"{name} must be an integer, got {value!r}", param=name)
+    if value < least:
+        raise ApiError(f"{name} must be at least {least}, got {value}.", param=name)
+    return value
+
+
+def text_of_content(content: Any, *, where: str) -> str:
+    """Return the text of a message's content: a string or a list of text parts.
+
+    Raises:
+        ApiError: A part is not text; the emulated model is not multimodal.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(f"{where}.content must be a string or a list of parts", param=where)
+    texts: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and isinstance(text := part.get("text", part.get("refusal")), str):
+            texts.append(text)
+        else:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ApiError(f"{where}: content of type {kind!r} is not supported; send text", param=where)
+    return "".join(texts)
+
+
+def usage(run_prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """Return a `usage` object."""
+    return {
+        "prompt_tokens": run_prompt,
+        "total_tokens": run_prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
