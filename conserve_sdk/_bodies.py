@@ -146,7 +146,7 @@ def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
 
 
 def _strip(data: JsonObject) -> bool:
-    found = data.pop(TRANSFER_KEY, None) is not None
+    found = data.pop(TRANSFER_KEY, ...) is not ...  # even a null would stand beside ours, and the last one wins
     # vLLM merges `vllm_xargs` into the same dictionary that carries the params to its scheduler.
     for key in ("vllm_xargs", "extra_body"):
         nested = data.get(key)
