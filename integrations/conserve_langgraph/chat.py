@@ -110,7 +110,7 @@ class ConServeChat(BaseChatOpenAI):
         config: RunnableConfig | None = None,
         *,
         stop: list[str] | None = None,
-        **kwargs: Any,  # noqa: A002
+        **kwargs: Any,
     ) -> Any:
         """Answer a prompt with a message, or a graph's state with `{"messages": [message]}`."""
         messages, named = messages_of_state(input), _with_conversation(kwargs, config)
@@ -123,7 +123,7 @@ class ConServeChat(BaseChatOpenAI):
         config: RunnableConfig | None = None,
         *,
         stop: list[str] | None = None,
-        **kwargs: Any,  # noqa: A002
+        **kwargs: Any,
     ) -> Any:
         """Like `invoke`."""
         messages, named = messages_of_state(input), _with_conversation(kwargs, config)
@@ -136,7 +136,7 @@ class ConServeChat(BaseChatOpenAI):
         config: RunnableConfig | None = None,
         *,
         stop: list[str] | None = None,
-        **kwargs: Any,  # noqa: A002
+        **kwargs: Any,
     ) -> Iterator[Any]:
         """Stream chunks of the answer; for a graph's state each chunk is `{"messages": [chunk]}`."""
         messages, named = messages_of_state(input), _with_conversation(kwargs, config)
@@ -150,7 +150,7 @@ class ConServeChat(BaseChatOpenAI):
         config: RunnableConfig | None = None,
         *,
         stop: list[str] | None = None,
-        **kwargs: Any,  # noqa: A002
+        **kwargs: Any,
     ) -> AsyncIterator[Any]:
         """Like `stream`. Returns the base class's iterator itself, so that closing it closes the request."""
         messages, named = messages_of_state(input), _with_conversation(kwargs, config)

@@ -1,0 +1,46 @@
+"""How the lab's commands end: exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+from conserve_broker.settings import ConfigProblem
+from conserve_lab.demo.errors import DemoError
+from conserve_lab.emulator import FleetConfigError
+
+USAGE = 2
+FAILED = 1
+
+
+def run_command(command: Callable[..., int], argv: Sequence[str], *, name: str) -> int:
+    """Run a Typer command.
+
+    Args:
+        command: function whose parameters are the options; its docstring is the help text.
+        argv: arguments without the command's own name.
+        name: for usage texts and error lines.
+
+    Returns:
+        What the command returned; 2 for wrong usage or configuration, 1 for any other known failure, 130 if
+        interrupted.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command)
+    try:
+        return int(app(args=list(argv), prog_name=name, standalone_mode=False) or 0)
+    except typer.Abort:
+        return 130
+    except (ConfigProblem, FleetConfigError) as error:
+        return _fail(name, str(error), USAGE)
+    except (DemoError, OSError) as error:
+        return _fail(name, str(error), FAILED)
+    except typer.TyperException as error:
+        return _fail(name, str(error), USAGE)
+
+
+def _fail(name: str, text: str, code: int) -> int:
+    sys.stderr.write(f"{name}: {text}\n")
+    return code

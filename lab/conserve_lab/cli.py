@@ -1,0 +1,142 @@
+"""`conserve demo`, `conserve bench`, `conserve emulate`: each a function from arguments to an exit code."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from conserve_lab._command import run_command
+
+__all__ = ["bench_main", "demo_main", "emulate_main"]
+
+
+class Engine(StrEnum):
+    """Engines the demo can run on."""
+
+    EMULATED = "emulated"
+    VLLM = "vllm"
+
+
+class Preset(StrEnum):
+    """Presets of the broker's placement."""
+
+    DEFAULT = "default"
+    PAPER = "paper"
+    AFFINITY = "affinity"
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen (chosen by itself in a pipe).")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the workload.")]
+
+
+def demo_main(argv: Sequence[str]) -> int:
+    """Run `conserve demo`."""
+    return run_command(_demo, argv, name="conserve demo")
+
+
+def bench_main(argv: Sequence[str]) -> int:
+    """Run `conserve bench`."""
+    return run_command(_bench, argv, name="conserve bench")
+
+
+def emulate_main(argv: Sequence[str]) -> int:
+    """Run `conserve emulate`."""
+    return run_command(_emulate, argv, name="conserve emulate")
+
+
+def _demo(
+    *,
+    engine: Annotated[
+        Engine, typer.Option(help="Emulated engines, or real vLLM on this machine's CPU.")
+    ] = Engine.EMULATED,
+    conversations: Annotated[
+        int | None, typer.Option(min=1, max=500, help="How many agents. Default: 24, vLLM 8.")
+    ] = None,
+    json: Json = None,
+    plain: Plain = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Keep broker and emulated fleet up for your own agent.")
+    ] = False,
+    preset: Annotated[Preset, typer.Option(help="Placement of the demo's own run.")] = Preset.DEFAULT,
+    seed: Seed = 1,
+    compare: Annotated[bool, typer.Option(help="Run the workload per turn and with affinity too.")] = True,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Broker's port with --serve.")] = 7070,
+    vllm_venv: Annotated[Path | None, typer.Option(help="Environment that holds vLLM. Default: .venv-vllm")] = None,
+) -> int:
+    """Broker, engines and real LangGraph agents: one KV transfer per conversation, measured.
+
+    Exit code 1 when an assertion of the demo failed.
+    """
+    from conserve_lab.demo.run import run_demo
+    from conserve_lab.demo.serve import serve as serve_until
+    from conserve_lab.demo.settings import demo_settings
+
+    console = Console(highlight=False)
+    settings = demo_settings(
+        engine.value,
+        conversations=conversations,
+        preset=preset.value,
+        seed=seed,
+        plain=plain or not console.is_terminal,
+        comparisons=compare,
+        json_path=json,
+        vllm_venv=vllm_venv,
+    )
+    if not serve:
+        return run_demo(settings, console=console)
+    if engine is not Engine.EMULATED:
+        raise typer.BadParameter("--serve keeps an emulated fleet up: leave out --engine vllm")
+    serve_until(settings, console=console, stop=_until_interrupted(), port=port)
+    return 0
+
+
+def _bench(
+    *,
+    json: Annotated[Path, typer.Option("--json", help="Where the figures go.")] = Path("bench.json"),
+    markdown: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("bench.md"),
+    seeds: Annotated[int, typer.Option(min=1, max=50, help="How many seeds, from 1 on.")] = 3,
+    conversations: Annotated[int, typer.Option(min=1, max=500, help="Conversations of one run.")] = 24,
+) -> int:
+    """All presets and the per-turn baseline beside each other on the emulated fleet, over several seeds."""
+    from conserve_lab.demo.bench import run_bench
+
+    return run_bench(
+        seeds=range(1, seeds + 1),
+        conversations=conversations,
+        json_path=json,
+        markdown_path=markdown,
+        console=Console(highlight=False),
+    )
+
+
+def _emulate(
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="Fleet file (TOML). Default: 2 prefillers and 3 decoders.")
+    ] = None,
+) -> int:
+    """Emulated vLLM servers in the foreground, until interrupted."""
+    from conserve_lab.emulator import EmulatedFleet, default_fleet, load_fleet_config
+
+    console = Console(highlight=False)
+    with EmulatedFleet(default_fleet() if config is None else load_fleet_config(config)) as fleet:
+        for engine in fleet.engines:
+            console.print(f"{engine.role:<10} {engine.url}  {engine.id}")
+        _until_interrupted().wait()
+    return 0
+
+
+def _until_interrupted() -> threading.Event:
+    """Return an event that SIGINT and SIGTERM set."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop

@@ -1,0 +1,150 @@
+"""The engines of a run, emulated or real, as the demo sees them: ids, URLs, roles and entries for the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from conserve_lab.demo.errors import DemoError
+from conserve_lab.demo.figures import Variant
+from conserve_lab.demo.settings import DemoSettings, EngineKind
+from conserve_lab.emulator import EmulatedFleet, FleetConfig, FleetConfigError, fleet_of
+from conserve_lab.stack import broker_entries
+from conserve_lab.vllm import FleetOptions, VllmError, VllmFleet
+from conserve_sdk.core.units import EngineId
+
+Say = Callable[[str], None]
+
+PREFILLER: Mapping[str, Any] = {"role": "prefiller", "max_num_batched_tokens": 8_192}
+DECODER: Mapping[str, Any] = {"role": "decoder", "max_num_batched_tokens": 512}
+BOTH: Mapping[str, Any] = {"role": "both", "max_num_batched_tokens": 2_048, "long_prefill_token_threshold": 512}
+"""Chunk sizes by role. Engines that do both get vLLM's long-prefill threshold: affinity at its best."""
+
+PREFILLERS, DECODERS = 2, 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningFleet:
+    """Engines that are up.
+
+    Attributes:
+        model: name to ask for.
+        urls: base URL by engine id.
+        broker_engines: entries for the broker's `engine` table.
+        eos_token_id: of a model whose tool calls must be ended by a bias; else None.
+    """
+
+    kind: EngineKind
+    model: str
+    urls: Mapping[str, str]
+    broker_engines: tuple[Mapping[str, Any], ...]
+    eos_token_id: int | None = None
+
+    @property
+    def prefiller_ids(self) -> frozenset[str]:
+        """Engines that only prefill."""
+        return frozenset(str(entry["id"]) for entry in self.broker_engines if entry["role"] == "prefiller")
+
+    @property
+    def description(self) -> str:
+        """How many engines of which role."""
+        prefillers = len(self.prefiller_ids)
+        others = len(self.broker_engines) - prefillers
+        return f"{prefillers} prefill, {others} decode" if prefillers else f"{others} do both"
+
+
+class FleetSource(Protocol):
+    """Gives every run engines with cold caches."""
+
+    def fresh(self, variant: Variant) -> AbstractContextManager[RunningFleet]:
+        """Return engines for a run; as many for each variant."""
+        ...
+
+    @property
+    def reference_url(self) -> str | None:
+        """An aggregated server to compare answers with, or None."""
+        ...
+
+
+@contextmanager
+def open_source(settings: DemoSettings, *, say: Say) -> Iterator[FleetSource]:
+    """Open what the settings ask for.
+
+    Raises:
+        DemoError: real engines cannot be started.
+    """
+    if settings.engine == "emulated":
+        yield EmulatedSource()
+        return
+    options = FleetOptions(prefillers=1, decoders=2, references=1)
+    try:
+        with VllmFleet(options, venv=settings.vllm_venv, say=say) as fleet:
+            yield VllmSource(fleet)
+    except VllmError as error:
+        raise DemoError(str(error)) from error
+
+
+def emulated_config(variant: Variant, *, prefillers: int = PREFILLERS, decoders: int = DECODERS) -> FleetConfig:
+    """Return the emulated engines of a variant: prefillers and decoders, or as many that do both."""
+    if variant is Variant.AFFINITY:
+        return fleet_of([{"id": f"b{index}", **BOTH} for index in range(prefillers + decoders)])
+    engines = [{"id": f"p{index}", **PREFILLER} for index in range(prefillers)]
+    return fleet_of(engines + [{"id": f"d{index}", **DECODER} for index in range(decoders)])
+
+
+class EmulatedSource:
+    """A new emulated fleet for every run."""
+
+    reference_url: str | None = None
+
+    @contextmanager
+    def fresh(self, variant: Variant) -> Iterator[RunningFleet]:
+        """Start the variant's fleet, and stop it after the block."""
+        try:
+            with EmulatedFleet(emulated_config(variant)) as fleet:
+                yield running(fleet)
+        except FleetConfigError as error:
+            raise DemoError(str(error)) from error
+
+
+def running(fleet: EmulatedFleet) -> RunningFleet:
+    """Describe an emulated fleet that is up."""
+    return RunningFleet(
+        kind="emulated",
+        model=fleet.engines[0].model,
+        urls={engine.id: engine.url for engine in fleet.engines},
+        broker_engines=tuple(broker_entries(fleet)),
+    )
+
+
+class VllmSource:
+    """The same vLLM servers for every run, restarted in between so that their caches are cold."""
+
+    def __init__(self, fleet: VllmFleet) -> None:
+        self._fleet = fleet
+        self._used = False
+
+    @property
+    def reference_url(self) -> str | None:
+        """The aggregated server without a connector."""
+        return self._fleet.engines[EngineId("a0")].url
+
+    @contextmanager
+    def fresh(self, variant: Variant) -> Iterator[RunningFleet]:
+        """Restart what an earlier run used. For affinity all servers do both, whatever they were started for."""
+        entries = [dict(entry) for entry in self._fleet.broker_engines()]
+        if self._used:
+            for entry in entries:
+                self._fleet.restart(entry["id"])
+        self._used = True
+        if variant is Variant.AFFINITY:
+            entries = [{**entry, "role": "both"} for entry in entries]
+        yield RunningFleet(
+            kind="vllm",
+            model=self._fleet.model,
+            urls={str(entry["id"]): str(entry["url"]) for entry in entries},
+            broker_engines=tuple(entries),
+            eos_token_id=self._fleet.eos_token_id,
+        )
