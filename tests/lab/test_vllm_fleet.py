@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from conserve_broker.settings import BrokerConfig
 from conserve_lab.vllm import FleetOptions, VllmEngineDiedError, VllmFleet, VllmStartError
 from conserve_lab.vllm._model import make_model
 from conserve_lab.vllm.install import plan_install
@@ -159,6 +160,16 @@ def test_engines_are_known_by_what_they_say(make_fleet):
     assert not any(is_running(pid) for pid in pids)
 
 
+def test_a_broker_takes_the_engines_as_they_are_listed(make_fleet):
+    with make_fleet(references=1, hold_ms=12_000) as fleet:
+        listed = fleet.broker_engines(references=True)
+    config = BrokerConfig.model_validate({"engine": listed})
+    told = {spec.engine_id: spec for spec in config.engine_configs()}
+    assert list(told) == ["p0", "d0", "d1", "a0"]
+    assert [spec.max_hold_ms for spec in told.values()] == [30_000, 12_000, 12_000, 0]
+    assert [spec.transfer_group for spec in told.values()] == ["nixl", "nixl", "nixl", ""]
+
+
 def test_servers_fork_and_nixl_rests(make_fleet):
     with make_fleet(decoders=1, references=1) as fleet:
         assert "delay 1000 thread True start fork" in fleet.logs("d0")
@@ -200,7 +211,8 @@ def test_an_engine_that_dies_is_noticed_and_its_core_buried(make_fleet):
 
 def test_servers_end_with_the_process_that_started_them(make_fleet):
     with make_fleet(decoders=1) as fleet:
-        pids = [fleet.engines["p0"].pid, fleet.engines["d0"].pid]
+        pids = [fleet.engines["p0"].pid, core_of(fleet, "p0"), fleet.engines["d0"].pid, core_of(fleet, "d0")]
+        assert all(is_running(pid) for pid in pids)
         launcher = fleet._launcher._server
         launcher.kill()
         for pid in pids:

@@ -20,6 +20,9 @@ TRANSFER_GROUP = "nixl"
 # NIXL on a CPU works with multiples of 32 only (the CPU attention's block size).
 BLOCK_TOKENS = Tokens(32)
 
+# The connector's own `kv_lease_duration`, which prefillers keep.
+STOCK_HOLD_MS = Ms(30_000)
+
 KV_ROLES: dict[Role, str] = {"prefiller": "kv_producer", "decoder": "kv_consumer", "both": "kv_both"}
 
 
@@ -51,6 +54,13 @@ class EngineSpec:
     max_sequences: int
     hold_ms: Ms
 
+    @property
+    def max_hold_ms(self) -> Ms:
+        """How long this engine keeps finished blocks for whoever may want them."""
+        if self.side_channel_port is None:
+            return Ms(0)
+        return STOCK_HOLD_MS if self.role == "prefiller" else self.hold_ms
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
@@ -66,6 +76,7 @@ class Engine:
         block_size_tokens: Size of a KV block.
         kv_capacity_tokens: Size of its KV cache.
         max_model_len_tokens: Longest prompt plus answer.
+        max_hold_ms: How long it keeps a turn's blocks when asked to; 0 without a connector.
         pid: Its process; another one after every restart.
     """
 
@@ -78,6 +89,7 @@ class Engine:
     block_size_tokens: Tokens
     kv_capacity_tokens: Tokens
     max_model_len_tokens: Tokens
+    max_hold_ms: Ms
     pid: int
 
     @property
@@ -95,6 +107,7 @@ class Engine:
             "connector": self.connector,
             "transfer_group": self.transfer_group,
             "block_size_tokens": self.block_size_tokens,
+            "max_hold_ms": self.max_hold_ms,
         }
 
 

@@ -305,6 +305,7 @@ class VllmFleet:
             block_size_tokens=Tokens(counters.block_size_tokens),
             kv_capacity_tokens=Tokens(counters.kv_capacity_tokens),
             max_model_len_tokens=spec.max_model_tokens,
+            max_hold_ms=spec.max_hold_ms,
             pid=pid,
         )
 

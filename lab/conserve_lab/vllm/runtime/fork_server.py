@@ -104,12 +104,18 @@ class ForkServer:
             self._channel.send("exited", name=name, pid=pid, code=os.waitstatus_to_exitcode(status))
 
 
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends, however it ends; forks do not inherit this wish."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _become_server(command: dict[str, Any], serve: Callable[[], None]) -> NoReturn:
     """Turn this fork into the server that was asked for; never returns."""
     code = 1
     try:
         os.setsid()
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent()
+        os.register_at_fork(after_in_child=_die_with_parent)  # the engine core dies with its server
         log = os.open(command["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, COMMANDS)
