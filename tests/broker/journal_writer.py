@@ -1,0 +1,51 @@
+"""A process that writes leases until it is killed: prints the number of each lease once it is acknowledged."""
+
+import sys
+from dataclasses import replace
+
+from conserve_broker.journal import Journal
+from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
+from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
+from conserve_sdk.core.receipt import Receipt
+
+RECEIPT = Receipt(preset="default", rule="r", prefill_rule="p", need_tokens=1, waited_ms=0, candidates=())
+DECODER = EngineBinding(engine_id="d0", url="http://d0", incarnation="1")
+LEASE = Lease(
+    lease_id="l",
+    key=LeaseKey(tenant="t", conversation_id="c", lineage="main", model="m"),
+    epoch=1,
+    mode=Mode.LOCAL,
+    prefiller=None,
+    decoder=DECODER,
+    granted_at_ms=1,
+    ttl_ms=60_000,
+    expires_at_ms=60_001,
+    ledger_tokens=1,
+    hold_ms=0,
+    append_threshold_tokens=0,
+    supersedes=None,
+    receipt=RECEIPT,
+    activity_since_ms=1,
+)
+
+
+def main(path: str, first: int) -> None:
+    journal = Journal.open(path)
+    number = first
+    while True:
+        # Eight callers at once, so that groups form; every third lease is dropped again in the same breath.
+        futures = []
+        for lane in range(number, number + 8):
+            lease = replace(LEASE, lease_id=f"l-{lane:09d}", turns=lane)
+            changes = [LeaseStored(lease=lease)]
+            if lane % 3 == 0:
+                changes.append(LeaseDropped(lease=lease, reason=DropReason.RELEASED))
+            futures.append(journal.submit(changes))
+        for lane, future in enumerate(futures, start=number):
+            future.result()
+            print(lane, flush=True)
+        number += 8
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,431 @@
+"""The journal: nothing acknowledged is ever lost, and a file that is not ours is never touched."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conserve_broker._journal_file import JournalFile
+from conserve_broker._lease_codec import decode, encode
+from conserve_broker.journal import DrainFlag, Journal, JournalError, MemoryJournal, open_journal
+from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
+from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
+from conserve_sdk.core.receipt import CandidateView, Receipt
+
+WRITER = Path(__file__).with_name("journal_writer.py")
+BUDGET_S = 30.0
+
+texts = st.text(min_size=1, max_size=12)
+counts = st.integers(min_value=0, max_value=2**53)
+bindings = st.builds(EngineBinding, engine_id=texts, url=texts, incarnation=texts)
+receipts = st.builds(
+    Receipt,
+    preset=texts,
+    rule=texts,
+    prefill_rule=texts,
+    need_tokens=counts,
+    waited_ms=counts,
+    candidates=st.lists(
+        st.builds(
+            CandidateView,
+            engine_id=texts,
+            role=texts,
+            verdict=texts,
+            score_us=st.integers(min_value=-1),
+            **dict.fromkeys(
+                ["capacity_tokens", "leased_tokens", "used_tokens", "backlog_tokens", "running", "rate_tokens_per_s"],
+                counts,
+            ),
+        ),
+        max_size=3,
+    ).map(tuple),
+)
+leases = st.builds(
+    Lease,
+    lease_id=texts,
+    key=st.builds(LeaseKey, tenant=texts, conversation_id=texts, lineage=texts, model=texts),
+    mode=st.sampled_from(Mode),
+    activity=st.sampled_from(Activity),
+    prefiller=st.none() | bindings,
+    decoder=bindings,
+    supersedes=st.none() | texts,
+    receipt=receipts,
+    **dict.fromkeys(
+        [
+            "epoch",
+            "granted_at_ms",
+            "ttl_ms",
+            "expires_at_ms",
+            "ledger_tokens",
+            "hold_ms",
+            "append_threshold_tokens",
+            "activity_since_ms",
+            "turns",
+            "migrations",
+        ],
+        counts,
+    ),
+)
+
+LEASE = Lease(
+    lease_id="l-1",
+    key=LeaseKey(tenant="default", conversation_id="c", lineage="main", model="m"),
+    epoch=1,
+    mode=Mode.LOCAL,
+    prefiller=None,
+    decoder=EngineBinding(engine_id="d0", url="http://d0", incarnation="1"),
+    granted_at_ms=1,
+    ttl_ms=60_000,
+    expires_at_ms=60_001,
+    ledger_tokens=10,
+    hold_ms=0,
+    append_threshold_tokens=0,
+    supersedes=None,
+    receipt=Receipt(preset="default", rule="r", prefill_rule="p", need_tokens=10, waited_ms=0, candidates=()),
+    activity_since_ms=1,
+)
+
+
+def lease(number: int, **changes: Any) -> Lease:
+    return replace(LEASE, lease_id=f"l-{number:05d}", **changes)
+
+
+def stored(number: int, **changes: Any) -> LeaseStored:
+    return LeaseStored(lease=lease(number, **changes))
+
+
+def dropped(number: int) -> LeaseDropped:
+    return LeaseDropped(lease=lease(number), reason=DropReason.RELEASED)
+
+
+def write(journal: Journal, *changes: Any) -> None:
+    journal.submit(changes).result(BUDGET_S)
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + BUDGET_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "leases.db"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    journal = Journal.open(path)
+    yield journal
+    journal.close()
+
+
+class TestCodec:
+    @given(leases)
+    def test_no_field_is_lost(self, lease: Lease) -> None:
+        again = decode(encode(lease))
+        assert again == lease
+        assert hash(again) == hash(lease)
+        assert all(type(getattr(again, field.name)) is type(getattr(lease, field.name)) for field in fields(lease))
+
+    @pytest.mark.parametrize("row", ["", "[]", "5", "{}", "[1,2]", encode(LEASE)[:-2] + ",7]", encode(LEASE)[:-1]])
+    def test_other_rows_are_refused(self, row: str) -> None:
+        with pytest.raises(ValueError):
+            decode(row)
+
+
+class TestState:
+    def test_what_was_written_is_found_again(self, path: Path) -> None:
+        journal = Journal.open(path)
+        assert journal.load() == journal.load()
+        assert (journal.load().leases, journal.load().draining) == ((), ())
+        write(journal, stored(2), stored(1), DrainFlag("d1", True), DrainFlag("d0", True))
+        write(journal, stored(1, turns=3), dropped(2), stored(3), DrainFlag("d1", False))
+        journal.close()
+        again = Journal.open(path)
+        recovery = again.load()
+        again.close()
+        assert recovery.leases == (lease(1, turns=3), lease(3))
+        assert recovery.draining == ("d0",)
+
+    def test_the_last_change_of_a_lease_counts_within_one_group(self, journal: Journal, path: Path) -> None:
+        write(journal, stored(1), dropped(1), stored(2), stored(2, turns=9), dropped(3))
+        journal.close()
+        again = Journal.open(path)
+        assert again.load().leases == (lease(2, turns=9),)
+        again.close()
+
+    def test_many_threads_lose_nothing(self, path: Path) -> None:
+        journal = Journal.open(path)
+
+        def work(first: int) -> None:
+            for number in range(first, first + 100):
+                journal.submit([stored(number)]).result(BUDGET_S)
+
+        threads = [threading.Thread(target=work, args=(start,)) for start in range(0, 800, 100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        journal.close()
+        again = Journal.open(path)
+        assert [found.lease_id for found in again.load().leases] == [f"l-{number:05d}" for number in range(800)]
+        again.close()
+
+    def test_closing_writes_what_is_queued(self, path: Path) -> None:
+        journal = Journal.open(path)
+        futures = [journal.submit([stored(number)]) for number in range(50)]
+        journal.close()
+        assert all(future.exception(0) is None for future in futures)
+        again = Journal.open(path)
+        assert len(again.load().leases) == 50
+        again.close()
+
+    def test_a_closed_journal_says_so(self, journal: Journal) -> None:
+        journal.close()
+        journal.close()
+        with pytest.raises(JournalError, match="is closed"):
+            write(journal, stored(1))
+
+    def test_loading_comes_first(self, journal: Journal) -> None:
+        write(journal, stored(1))
+        with pytest.raises(JournalError, match="before the first submit"):
+            journal.load()
+
+    def test_acknowledgements_cannot_be_cancelled(self, journal: Journal) -> None:
+        future = journal.submit([stored(1)])
+        assert not future.cancel()
+        future.result(BUDGET_S)
+
+
+class Gate:
+    """Lets a test hold the writer inside one commit."""
+
+    def __init__(self, file: JournalFile) -> None:
+        self.write = file.write
+        self.groups: list[int] = []
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        file.write = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, leases: Any, drains: Any) -> None:
+        self.groups.append(len(leases))
+        self.entered.set()
+        assert self.open.wait(BUDGET_S)
+        self.write(leases, drains)
+
+
+class TestGroups:
+    def test_what_queues_during_a_commit_is_the_next_group(self, journal: Journal) -> None:
+        gate = Gate(journal._file)
+        first = journal.submit([stored(0)])
+        assert gate.entered.wait(BUDGET_S)
+        futures = [journal.submit([stored(number)]) for number in range(1, 101)]
+        assert not first.done()
+        gate.open.set()
+        for future in [first, *futures]:
+            future.result(BUDGET_S)
+        assert gate.groups == [1, 100]
+
+    def test_groups_are_bounded(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("conserve_broker.journal._GROUP_MAX", 40)
+        gate = Gate(journal._file)
+        first = journal.submit([stored(0)])
+        assert gate.entered.wait(BUDGET_S)
+        futures = [journal.submit([stored(number)]) for number in range(1, 101)]
+        gate.open.set()
+        for future in [first, *futures]:
+            future.result(BUDGET_S)
+        assert gate.groups == [1, 40, 40, 20]
+
+    def test_abandoning_keeps_what_was_acknowledged_and_nothing_else(self, path: Path) -> None:
+        journal = Journal.open(path)
+        write(journal, stored(0))
+        gate = Gate(journal._file)
+        in_flight = journal.submit([stored(1)])
+        assert gate.entered.wait(BUDGET_S)
+        queued = journal.submit([stored(2)])
+        ending = threading.Thread(target=journal.abandon)
+        ending.start()
+        wait_for(lambda: journal._closed)
+        gate.open.set()
+        ending.join(BUDGET_S)
+        in_flight.result(BUDGET_S)
+        with pytest.raises(JournalError, match="abandoned"):
+            queued.result(BUDGET_S)
+        again = Journal.open(path)
+        assert again.load().leases == (lease(0), lease(1))
+        again.close()
+
+
+class TestFailure:
+    def test_a_full_disk_is_told_and_made_good_for(self, path: Path) -> None:
+        journal = Journal.open(path)
+        write(journal, stored(1))
+        pages = journal._file._db.execute("PRAGMA page_count").fetchone()[0]
+        journal._file._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(JournalError, match="the disk is full; free some space"):
+            write(journal, *(stored(number) for number in range(2, 500)), DrainFlag("d0", True))
+        assert "the disk is full" in journal.failure
+        with pytest.raises(JournalError):
+            write(journal, dropped(1))
+        journal._file._db.execute("PRAGMA max_page_count = 1000000")
+        wait_for(lambda: journal.failure == "")  # by itself, without another change
+        journal.close()
+        again = Journal.open(path)
+        recovery = again.load()
+        again.close()
+        assert [found.lease_id for found in recovery.leases] == [f"l-{number:05d}" for number in range(2, 500)]
+        assert recovery.draining == ("d0",)
+
+    def test_a_change_that_cannot_be_encoded_hangs_nobody(self, journal: Journal) -> None:
+        with pytest.raises(JournalError, match="could not be written and is left out"):
+            write(journal, stored(1, turns=object()))
+        assert "left out" in journal.failure
+        write(journal, stored(2))
+        assert journal.failure == ""
+
+
+class TestForeignFiles:
+    def expect(self, path: Path, message: str) -> None:
+        with pytest.raises(JournalError, match=message) as raised:
+            Journal.open(path)
+        assert str(path) in str(raised.value)
+
+    def test_a_second_broker_is_kept_out(self, journal: Journal, path: Path) -> None:
+        self.expect(path, "is in use by another broker; stop it, or give this one its own")
+        probe = f"from conserve_broker.journal import *; Journal.open({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=50, check=False)
+        assert done.returncode == 1
+        assert "is in use by another broker" in done.stderr
+
+    def test_something_else_than_sqlite(self, path: Path) -> None:
+        content = b"dear diary, " * 1000
+        path.write_bytes(content)
+        self.expect(path, "is not an SQLite file; move it away")
+        assert path.read_bytes() == content
+
+    def test_the_database_of_another_program(self, path: Path) -> None:
+        other = sqlite3.connect(path)
+        other.execute("CREATE TABLE songs (title)")
+        other.close()
+        content = path.read_bytes()
+        self.expect(path, "is an SQLite file of another program")
+        assert path.read_bytes() == content
+
+    def test_a_newer_format(self, path: Path) -> None:
+        Journal.open(path).close()
+        newer = sqlite3.connect(path)
+        newer.execute("PRAGMA user_version = 2")
+        newer.close()
+        self.expect(path, r"another version of ConServe \(format 2, this one reads 1\)")
+
+    def test_a_damaged_file(self, path: Path) -> None:
+        journal = Journal.open(path)
+        write(journal, *(stored(number) for number in range(2000)))
+        journal.close()
+        content = bytearray(path.read_bytes())
+        for page in range(2, len(content) // 4096):
+            content[page * 4096 : page * 4096 + 512] = b"\xff" * 512
+        path.write_bytes(content)
+        self.expect(path, "is damaged")
+
+    def test_rows_of_an_unknown_form(self, path: Path) -> None:
+        Journal.open(path).close()
+        other = sqlite3.connect(path)
+        other.execute("INSERT INTO lease VALUES ('l', '[1]')")
+        other.commit()
+        other.close()
+        journal = Journal.open(path)
+        with pytest.raises(JournalError, match="holds a row of an unknown form"):
+            journal.load()
+        journal.close()
+
+    def test_a_table_that_vanished(self, path: Path) -> None:
+        Journal.open(path).close()
+        other = sqlite3.connect(path)
+        other.execute("DROP TABLE drain")
+        other.close()
+        journal = Journal.open(path)
+        with pytest.raises(JournalError, match=r"failed; check file and disk \(no such table: drain\)"):
+            journal.load()
+        journal.close()
+
+    def test_a_folder_and_a_missing_folder(self, tmp_path: Path) -> None:
+        self.expect(tmp_path, "is a folder; name a file")
+        self.expect(tmp_path / "none" / "leases.db", "there is no folder")
+
+    def test_a_path_that_cannot_be_a_file(self) -> None:
+        self.expect(Path("/proc/leases.db"), "cannot be opened; make the file and its folder writable")
+
+    def test_a_file_that_cannot_be_written(self, path: Path) -> None:
+        """As another user, because root may write everything."""
+        Journal.open(path).close()
+        path.chmod(0o444)
+        probe = (
+            "import os, sys; from conserve_broker.journal import Journal; os.chdir(sys.argv[1]);"
+            "os.getuid() == 0 and os.setuid(65534); Journal.open('leases.db')"
+        )
+        path.parent.chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", probe, str(path.parent)], capture_output=True, text=True, timeout=50, check=False
+        )
+        path.parent.chmod(0o755)
+        assert done.returncode == 1
+        assert "cannot be " in done.stderr
+        assert "make the file and its folder writable" in done.stderr
+
+
+def test_kill_9_loses_nothing_acknowledged(path: Path) -> None:
+    """Eight lives of a writer, each killed at another point; the acknowledged state survives all of them."""
+    expected: set[int] = set()
+    uncertain: set[int] = set()
+    first = 0
+    for acknowledged in (1, 5, 8, 30, 77, 200, 3, 400):
+        with subprocess.Popen(
+            [sys.executable, str(WRITER), str(path), str(first)], stdout=subprocess.PIPE, text=True, env=os.environ
+        ) as writer:
+            assert writer.stdout is not None
+            seen = [int(writer.stdout.readline()) for _ in range(acknowledged)]
+            writer.kill()
+            seen += [int(line) for line in writer.stdout.read().split("\n")[:-1]]
+        expected |= {number for number in seen if number % 3}
+        uncertain |= set(range(seen[-1] + 1, seen[-1] + 9))  # sent, not acknowledged: either is right
+        first = seen[-1] + 9
+        journal = Journal.open(path)
+        found = {lease.turns for lease in journal.load().leases}
+        journal.close()
+        assert expected - uncertain <= found
+        assert found <= expected | uncertain
+        assert not {number for number in found if number % 3 == 0}, "a store and its drop are one transaction"
+
+
+class TestMemory:
+    def test_it_remembers_within_the_process(self) -> None:
+        journal = MemoryJournal()
+        future: Future[None] = journal.submit([stored(2), stored(1), stored(3), dropped(3), DrainFlag("d1", True)])
+        assert future.done()
+        journal.submit([DrainFlag("d0", True), DrainFlag("d1", False), dropped(9)])
+        journal.close()
+        journal.abandon()
+        assert journal.failure == ""
+        assert journal.load().leases == (lease(1), lease(2))
+        assert journal.load().draining == ("d0",)
+
+    def test_the_path_chooses(self, path: Path) -> None:
+        assert isinstance(open_journal(""), MemoryJournal)
+        journal = open_journal(str(path))
+        assert isinstance(journal, Journal)
+        journal.close()
