@@ -51,7 +51,7 @@ def fleet() -> Iterator[VllmFleet]:
 
 
 class RawProtocol:
-    """The legs of a turn by plain HTTP, as DESIGN says them and as little as possible around them."""
+    """The legs of a turn by plain HTTP, with as little as possible around them."""
 
     def __init__(self, fleet: VllmFleet, http: httpx2.Client) -> None:
         self.fleet = fleet
