@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
-from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ DEFAULT_URL = "http://127.0.0.1:7070"
 Command = Callable[[], None]
 
 _TIMEOUT_S = 10.0
+_WIDE = 200
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -39,7 +39,7 @@ def explain(broker_url: str, lease_id: str, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    console = Console(markup=False)
+    console = _console()
     console.print(_facts(found))
     console.print(_candidates(found))
 
@@ -54,7 +54,7 @@ def list_engines(broker_url: str, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        Console(markup=False).print(_engines(found.engines))
+        _console().print(_engines(found.engines))
 
 
 def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bool) -> None:
@@ -68,12 +68,20 @@ def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bo
     if as_json:
         print_json(found)
     else:
-        Console(markup=False).print(_engines((found,)))
+        _console().print(_engines((found,)))
 
 
 def print_json(answer: BaseModel) -> None:
     """The broker's answer as JSON on standard output."""
     Console(soft_wrap=True, highlight=False, markup=False).print(answer.model_dump_json(indent=2))
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, lines are as long as they need to be."""
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
 
 
 def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answer:
@@ -120,7 +128,7 @@ def _facts(lease: LeaseExplanation) -> Table:
 
 
 def _candidates(lease: LeaseExplanation) -> Table:
-    table = Table(title="candidates as they were", title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title="candidates as they were", title_justify="left", box=None, pad_edge=False)
     for name in ("role", "engine", "verdict"):
         table.add_column(name, no_wrap=True)
     for name in ("leased", "of", "used", "backlog", "running", "tokens/s", "score"):
@@ -147,10 +155,10 @@ def _candidate_row(candidate: CandidateInfo) -> tuple[str, ...]:
 
 def _engines(engines: tuple[EngineInfo, ...]) -> Group:
     """A table, and below it why an engine is not ready: such lines are too long for a column."""
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name in ("engine", "role", "state", "model"):
         table.add_column(name, no_wrap=True)
-    for name in ("KV leased", "of", "leases", "running", "backlog", "seen"):
+    for name in ("leased", "of", "leases", "running", "backlog", "seen"):
         table.add_column(name, justify="right", no_wrap=True)
     for engine in engines:
         table.add_row(

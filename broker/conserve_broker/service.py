@@ -25,6 +25,7 @@ from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
     EngineConfigured,
     EngineDrained,
+    EngineRemoved,
     EngineSpec,
     EngineState,
     Event,
@@ -160,8 +161,11 @@ class BrokerService:
         for lease in recovery.leases:
             self.clock.not_before(lease.granted_at_ms)
         now_ms = self.clock.now_ms()
+        configured = {spec.engine_id for spec in self._engines}
+        gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
         self.feed(
             Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
+            *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
             *(
                 EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
                 for spec in self._engines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conserve_sdk._desk.outcome import Reply
-from conserve_sdk._desk.problems import bad_request, bad_token, lease_gone, lease_unknown
+from conserve_sdk._desk.problems import bad_request, bad_token, lease_superseded, lease_unknown
 from conserve_sdk._desk.visit import Visit
 from conserve_sdk._desk.wire import explanation, lease_grant
 from conserve_sdk.core.events import (
@@ -74,7 +74,7 @@ def read_lease(visit: Visit, _: None) -> Reply:
     if lease is None:
         live = visit.core.live_lease_of(_key_of(claims))
         if live is not None and live.epoch > claims.epoch:
-            raise lease_gone(claims.lease_id, LeaseVerdict.SUPERSEDED, live.lease_id)
+            raise lease_superseded(claims.lease_id, successor=live.lease_id)
         raise lease_unknown(claims.lease_id)
     token = visit.fresh_token(lease, claims) or visit.call.lease_token
     return Reply(status=200, body=lease_grant(lease, token=token, now_ms=visit.now_ms, reused=True))

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.wire import decision_info
-from conserve_sdk.core.events import LeaseVerdict, RefusalReason, Refused
+from conserve_sdk.core.events import RefusalReason, Refused
 from conserve_sdk.core.units import EngineId, LeaseId
 from conserve_sdk.protocol import Problem
 
@@ -85,15 +85,14 @@ def lease_unknown(lease_id: str) -> ProblemRaised:
     )
 
 
-def lease_gone(lease_id: LeaseId, verdict: LeaseVerdict, successor: LeaseId | None) -> ProblemRaised:
-    """The problem that a verdict other than OK stands for."""
-    if verdict is LeaseVerdict.SUPERSEDED:
-        detail = f"lease {lease_id} was superseded by {successor or 'a newer lease'}; ask for the live one"
-        return problem(409, code="lease_superseded", title="Superseded lease", detail=detail)
-    if verdict is LeaseVerdict.ENGINE_LOST:
-        detail = f"the decoder of lease {lease_id} restarted or is gone, its KV cache with it; ask for a new lease"
-        return problem(410, code="engine_lost", title="Engine lost", detail=detail)
-    return lease_unknown(lease_id)
+def lease_superseded(lease_id: LeaseId, *, successor: LeaseId) -> ProblemRaised:
+    """409: another lease of the key took over."""
+    return problem(
+        409,
+        code="lease_superseded",
+        title="Superseded lease",
+        detail=f"lease {lease_id} was superseded by {successor}; ask for the live one",
+    )
 
 
 def engine_unknown(engine_id: str, known: list[EngineId]) -> ProblemRaised:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import httpx2
 
@@ -64,6 +64,12 @@ class BrokerExchange:
     path: str
     status: int
     request: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parked:
+    request_id: RequestId
+    future: Future[Reply]
 
 
 class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
@@ -122,7 +128,8 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         answer = self._serve(request)
         if isinstance(answer, Reply):
             return self._response(request, answer)
-        return self._response(request, self._waited(answer).result())
+        self._skip_ahead(answer.future)
+        return self._response(request, answer.future.result())
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Serve a client on an event loop; cancelling it cancels the waiting request."""
@@ -130,10 +137,11 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         answer = self._serve(request)
         if isinstance(answer, Reply):
             return self._response(request, answer)
+        self._skip_ahead(answer.future)
         try:
-            return self._response(request, await asyncio.wrap_future(self._waited(answer)))
+            return self._response(request, await asyncio.wrap_future(answer.future))
         except asyncio.CancelledError:
-            self._cancel(answer)
+            self._cancel(answer.request_id)
             raise
 
     def close(self) -> None:
@@ -142,7 +150,7 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     async def aclose(self) -> None:
         """See `close`."""
 
-    def _serve(self, request: httpx2.Request) -> Reply | RequestId:
+    def _serve(self, request: httpx2.Request) -> Reply | _Parked:
         with self._lock:
             if not self._running:
                 raise httpx2.ConnectError("the in-memory broker is stopped", request=request)
@@ -165,9 +173,10 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             self._carry_out(outcome)
             if outcome.reply is not None:
                 return outcome.reply
-            waiting = cast("RequestId", outcome.waiting)
-            self._futures[waiting] = Future()
-            return waiting
+            assert outcome.waiting is not None, "a request is answered or waits"
+            parked = _Parked(request_id=outcome.waiting, future=Future())
+            self._futures[parked.request_id] = parked.future
+            return parked
 
     def _response(self, request: httpx2.Request, reply: Reply) -> httpx2.Response:
         self.exchanges.append(
@@ -239,14 +248,11 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 
-    def _waited(self, request_id: RequestId) -> Future[Reply]:
-        with self._lock:
-            future = self._futures[request_id]
+    def _skip_ahead(self, future: Future[Reply]) -> None:
         while self._waiting_rule == "skip_ahead" and not future.done():
             deadline_ms = self.core.next_deadline_ms()
             assert deadline_ms is not None, "a waiting request has a deadline"
             self.clock.advance(max(0, deadline_ms - self.clock.now_ms()))
-        return future
 
     def _cancel(self, request_id: RequestId) -> None:
         with self._lock:
