@@ -116,7 +116,7 @@ class Attempts:
         return self._elapsed_ms() + state.upcoming_sleep * 1000 >= limit_ms
 
     def _elapsed_ms(self) -> int:
-        return int((self._clock() - self._started_s) * 1000)
+        return round((self._clock() - self._started_s) * 1000)
 
 
 def _problem_of(state: tenacity.RetryCallState) -> TryAgain:

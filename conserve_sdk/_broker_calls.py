@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -22,6 +23,7 @@ from conserve_sdk.protocol import (
     BatchAnswer,
     LeaseGrant,
     LeaseRequest,
+    LeaseStatus,
     Problem,
     RenewalBatch,
     ReportBatch,
@@ -37,6 +39,7 @@ __all__ = [
     "park_call",
     "parse_batch",
     "parse_grant",
+    "parse_status",
     "release_call",
     "renew_call",
     "report_call",
@@ -45,6 +48,8 @@ __all__ = [
 
 ANSWER_TIMEOUT_MS = 5_000
 """A broker that answers later than this (beyond the wait it was asked for) counts as down."""
+
+_M = TypeVar("_M", bound=pydantic.BaseModel)
 
 _REFUSALS = frozenset(reason.value for reason in RefusalReason)
 _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -123,11 +128,16 @@ def parse_grant(call: BrokerCall, response: httpx2.Response) -> LeaseGrant:
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    check(call, response)
-    try:
-        return LeaseGrant.model_validate_json(response.content)
-    except pydantic.ValidationError as exc:
-        raise _not_understood(call, response, exc) from exc
+    return _read(LeaseGrant, call, response)
+
+
+def parse_status(call: BrokerCall, response: httpx2.Response) -> LeaseStatus:
+    """Read the answer to a park.
+
+    Raises:
+        TryAgain, ConServeError: see `check`.
+    """
+    return _read(LeaseStatus, call, response)
 
 
 def parse_batch(call: BrokerCall, response: httpx2.Response, *, expected: int) -> BatchAnswer:
@@ -136,11 +146,7 @@ def parse_batch(call: BrokerCall, response: httpx2.Response, *, expected: int) -
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    check(call, response)
-    try:
-        answer = BatchAnswer.model_validate_json(response.content)
-    except pydantic.ValidationError as exc:
-        raise _not_understood(call, response, exc) from exc
+    answer = _read(BatchAnswer, call, response)
     if len(answer.results) != expected:
         raise ProtocolError(
             f"the broker gave {len(answer.results)} results for {expected} entries: use a broker of this version",
@@ -174,6 +180,14 @@ def check(call: BrokerCall, response: httpx2.Response) -> None:
         )
         raise TryAgain(refused, retry_after_ms=retry_after_ms, refusal=True) if retry_after_ms else refused
     raise _failure(call, response, problem, retry_after_ms)
+
+
+def _read(kind: type[_M], call: BrokerCall, response: httpx2.Response) -> _M:
+    check(call, response)
+    try:
+        return kind.model_validate_json(response.content)
+    except pydantic.ValidationError as exc:
+        raise _not_understood(call, response, exc) from exc
 
 
 def _failure(

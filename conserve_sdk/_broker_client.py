@@ -23,7 +23,15 @@ from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._tls import verify_for
 from conserve_sdk.errors import LeaseExpired, LeaseLost
-from conserve_sdk.protocol import BatchAnswer, LeaseGrant, LeaseRequest, RenewalBatch, ReportBatch, SupersedeRequest
+from conserve_sdk.protocol import (
+    BatchAnswer,
+    LeaseGrant,
+    LeaseRequest,
+    LeaseStatus,
+    RenewalBatch,
+    ReportBatch,
+    SupersedeRequest,
+)
 
 __all__ = ["AsyncBrokerClient", "SyncBrokerClient"]
 
@@ -96,9 +104,9 @@ class SyncBrokerClient:
             patience_ms=request.wait_ms,
         )
 
-    def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
-        """Tell that the conversation waits for a human."""
-        self._perform(lambda _: calls.park_call(lease_id, token), calls.check, budget_ms=budget_ms)
+    def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> LeaseStatus:
+        """Tell that the conversation waits for a human; the answer holds the shorter life."""
+        return self._perform(lambda _: calls.park_call(lease_id, token), calls.parse_status, budget_ms=budget_ms)
 
     def release(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """Give a lease back. One that is gone already is no error."""
@@ -200,9 +208,9 @@ class AsyncBrokerClient:
             patience_ms=request.wait_ms,
         )
 
-    async def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
+    async def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> LeaseStatus:
         """See `SyncBrokerClient.park`."""
-        await self._perform(lambda _: calls.park_call(lease_id, token), calls.check, budget_ms=budget_ms)
+        return await self._perform(lambda _: calls.park_call(lease_id, token), calls.parse_status, budget_ms=budget_ms)
 
     async def release(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> None:
         """See `SyncBrokerClient.release`."""
