@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from conserve_lab.emulator.command import emulate_main
 from conserve_lab.emulator.config import (
     EmulatorConfig,
     FleetConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "FleetConfigError",
     "RequestRecord",
     "default_fleet",
+    "emulate_main",
     "fleet_of",
     "load_fleet_config",
 ]

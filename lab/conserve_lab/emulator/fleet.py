@@ -241,8 +241,7 @@ class EmulatedFleet:
             await engine.start()
 
     async def _stop(self) -> None:
-        for handle in self._engines:
-            await handle.engine_on_loop.close()
+        await asyncio.gather(*(handle.engine_on_loop.close() for handle in self._engines))
         self._engines.clear()
         current = asyncio.current_task()
         left = [task for task in asyncio.all_tasks() if task is not current]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -11,6 +12,8 @@ from conserve_lab.emulator.language.tokens import digest
 
 _DEPTH_MAX: Final = 12
 _SHALLOW: Final = 4
+_LOWER: Final = frozenset({"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"})
+_UPPER: Final = frozenset({"maximum", "exclusiveMaximum", "maxLength", "maxItems"})
 _FORMATS: Final[Mapping[str, str]] = {
     "date": "2026-05-17",
     "date-time": "2026-05-17T09:30:00Z",
@@ -105,15 +108,10 @@ class _Filler:
         return node
 
     def _merged(self, schema: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-        merged: dict[str, Any] = {key: value for key, value in schema.items() if key != "allOf"}
-        for part in schema["allOf"]:
+        merged: dict[str, Any] = {}
+        for part in [{key: value for key, value in schema.items() if key != "allOf"}, *schema["allOf"]]:
             for key, value in self._resolve(part, path).items():
-                if key == "properties":
-                    merged[key] = {**merged.get(key, {}), **value}
-                elif key == "required":
-                    merged[key] = [*merged.get(key, []), *value]
-                else:
-                    merged.setdefault(key, value)
+                merged[key] = _both(key, merged[key], value) if key in merged else value
         return merged
 
     def _alternative(self, schema: Mapping[str, Any], key: str, path: str, depth: int) -> Any:
@@ -213,6 +211,7 @@ class _Filler:
                 return int(number) if number.is_integer() else number
         if isinstance(schema.get("default"), int | float):
             return float(schema["default"])
+        low, high = _finite(low, high)
         if step is None:
             return low + (high - low) * (self._pick(path) % 101) / 101
         first, last = -(-low // step), high // step
@@ -228,18 +227,33 @@ class _Filler:
         return options[self._pick(path) % len(options)]
 
 
+def _both(key: str, first: Any, second: Any) -> Any:
+    """Return what satisfies both of two values of one keyword, as `allOf` wants it."""
+    if key == "properties":
+        shared = first.keys() & second.keys()
+        return {**first, **second, **{name: {"allOf": [first[name], second[name]]} for name in sorted(shared)}}
+    if key == "required":
+        return [*first, *second]
+    if key in _LOWER:
+        return max(first, second)
+    if key in _UPPER:
+        return min(first, second)
+    return first
+
+
 def _bounds(schema: Mapping[str, Any], *, whole: bool) -> tuple[float, float]:
-    """Return an inclusive range; a missing side is 100 away from the other, or 0 to 100."""
-    nudge = 1 if whole else 1e-6
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if isinstance(above := schema.get("exclusiveMinimum"), int | float) and not isinstance(above, bool):
-        low = above + nudge if low is None else max(low, above + nudge)
-    if isinstance(below := schema.get("exclusiveMaximum"), int | float) and not isinstance(below, bool):
-        high = below - nudge if high is None else min(high, below - nudge)
-    if low is None:
-        low = 0 if high is None or high >= 0 else high - 100
-    if high is None:
-        high = low + 100
-    if whole:
-        low, high = -(-low // 1), high // 1
+    """Return the inclusive range a schema allows, infinite where it says nothing."""
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if above is not None:
+        low = max(low, above // 1 + 1 if whole else above + 1e-6)
+    if below is not None:
+        high = min(high, -(-below // 1) - 1 if whole else below - 1e-6)
     return low, high
+
+
+def _finite(low: float, high: float) -> tuple[float, float]:
+    """Return a range to choose from: a missing side is 100 away from the other, or the range is 0 to 100."""
+    if low == -math.inf:
+        low = 0 if high >= 0 else high - 100
+    return low, low + 100 if high == math.inf else high

@@ -180,16 +180,22 @@ def _hints(dialogue: Dialogue) -> Hints:
 
 
 def _named_tools(tools: Sequence[Tool], text: str) -> list[Tool]:
-    """Return tools whose name shares words with the text, best match first."""
-    words = {part.lower() for part in _PARTS.findall(text)}
-    lowered = text.lower()
-    scored: list[tuple[int, int, Tool]] = []
+    """Return the tools a text speaks of.
+
+    Tools all of whose name's words occur come in the order of the text; without any, those that share a word come
+    best match first.
+    """
+    words = [part.lower() for part in _PARTS.findall(text)]
+    whole: list[tuple[int, int, Tool]] = []
+    partial: list[tuple[int, int, Tool]] = []
     for position, tool in enumerate(tools):
         parts = {part.lower() for part in _PARTS.findall(tool.name)}
-        score = len(parts & words) + (10 if tool.name.lower() in lowered else 0)
-        if score:
-            scored.append((-score, position, tool))
-    return [tool for _, _, tool in sorted(scored, key=lambda item: item[:2])]
+        shared = parts.intersection(words)
+        if parts and shared == parts:
+            whole.append((min(words.index(part) for part in parts), position, tool))
+        elif shared:
+            partial.append((-len(shared), position, tool))
+    return [tool for _, _, tool in sorted(whole or partial, key=lambda item: item[:2])]
 
 
 def _spelling(wish: Wish) -> str:
