@@ -80,10 +80,13 @@ class Scraper:
 
     async def run(self) -> None:
         """Poll until cancelled: each engine at once, then at its interval, spread over it at random."""
-        async with asyncio.TaskGroup() as self._group:
-            for target in self._targets.values():
-                self._start(target)
-            await asyncio.Event().wait()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for target in self._targets.values():
+                    self._start(target)
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
 
     async def poll_once(self) -> None:
         """Poll every engine once, all at the same time."""
