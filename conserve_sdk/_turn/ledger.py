@@ -29,6 +29,7 @@ log = logging.getLogger("conserve_sdk.turn")
 
 MILLIS_MAX = 86_400_000
 CANCELLED = "client_cancelled"
+STREAM_DROPPED = "stream_dropped"
 
 
 def error_name(error: BaseException) -> str:
@@ -36,7 +37,8 @@ def error_name(error: BaseException) -> str:
     if isinstance(error, httpx2.TimeoutException):
         return "timeout"
     if isinstance(error, httpx2.TransportError):
-        return "stream_dropped" if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError) else "unreachable"
+        broke = isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError)
+        return STREAM_DROPPED if broke else "unreachable"
     if isinstance(error, Exception):
         return type(error).__name__
     return CANCELLED  # CancelledError, GeneratorExit, KeyboardInterrupt: the application went away
@@ -134,6 +136,8 @@ class ActiveTurn:
             self._kit.book.commit(self.match, self.digest, response_id=facts.response_id)
         if self.lease is not None:
             self._submit(self._report(facts, failure, now_us=now_us, idle=idle))
+        if failure == STREAM_DROPPED and self.status and self.decoder is not None:
+            self.engine_failed(self.decoder, phase="decode", detail=f"{type(error).__name__}: {error}")
         self._kit.emit(self._record(facts, failure, now_us=now_us))
 
     # ---- what is told -----------------------------------------------------------------------------------------
