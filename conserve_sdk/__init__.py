@@ -11,27 +11,31 @@ with conversation("ticket-17"):
 
 from __future__ import annotations
 
-from conserve_sdk._turn import Timeouts
-from conserve_sdk.client import BASE_URL, ConServe, async_openai_client, connect, openai_client
-from conserve_sdk.errors import (
-    BrokerError,
-    BrokerUnavailable,
-    ConfigError,
-    ConServeError,
-    EngineError,
-    EngineRefused,
-    EngineUnavailable,
-    LeaseClosed,
-    LeaseError,
-    LeaseExpired,
-    LeaseLost,
-    LeaseRefused,
-    ProtocolError,
-    TurnTimeout,
-)
-from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_LINEAGE, conversation, current_conversation, wire_id
-from conserve_sdk.telemetry import LoggingHook, TurnCollector, TurnHook, TurnRecord
-from conserve_sdk.transport import AsyncConServeTransport, ConServeOptions, ConServeTransport
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conserve_sdk._turn import Timeouts
+    from conserve_sdk.client import BASE_URL, ConServe, async_openai_client, connect, openai_client
+    from conserve_sdk.errors import (
+        BrokerError,
+        BrokerUnavailable,
+        ConfigError,
+        ConServeError,
+        EngineError,
+        EngineRefused,
+        EngineUnavailable,
+        LeaseClosed,
+        LeaseError,
+        LeaseExpired,
+        LeaseLost,
+        LeaseRefused,
+        ProtocolError,
+        TurnTimeout,
+    )
+    from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_LINEAGE, conversation, current_conversation, wire_id
+    from conserve_sdk.telemetry import LoggingHook, TurnCollector, TurnHook, TurnRecord
+    from conserve_sdk.transport import AsyncConServeTransport, ConServeOptions, ConServeTransport
 
 __all__ = [
     "BASE_URL",
@@ -67,3 +71,62 @@ __all__ = [
     "openai_client",
     "wire_id",
 ]
+
+_HOMES = {  # loaded when first used: the broker and the core must not wait for openai's import
+    "conserve_sdk._turn": ("Timeouts",),
+    "conserve_sdk.client": (
+        "BASE_URL",
+        "ConServe",
+        "async_openai_client",
+        "connect",
+        "openai_client",
+    ),
+    "conserve_sdk.errors": (
+        "BrokerError",
+        "BrokerUnavailable",
+        "ConfigError",
+        "ConServeError",
+        "EngineError",
+        "EngineRefused",
+        "EngineUnavailable",
+        "LeaseClosed",
+        "LeaseError",
+        "LeaseExpired",
+        "LeaseLost",
+        "LeaseRefused",
+        "ProtocolError",
+        "TurnTimeout",
+    ),
+    "conserve_sdk.identity": (
+        "HEADER_CONVERSATION",
+        "HEADER_LINEAGE",
+        "conversation",
+        "current_conversation",
+        "wire_id",
+    ),
+    "conserve_sdk.telemetry": (
+        "LoggingHook",
+        "TurnCollector",
+        "TurnHook",
+        "TurnRecord",
+    ),
+    "conserve_sdk.transport": (
+        "AsyncConServeTransport",
+        "ConServeOptions",
+        "ConServeTransport",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module at its first use (PEP 562)."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

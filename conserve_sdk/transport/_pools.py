@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from functools import cache
 from weakref import WeakKeyDictionary
 
 import httpx2
 
 from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._tls import verify_for
 
 __all__ = ["AsyncEnginePool", "EnginePool"]
 
 LIMITS = httpx2.Limits(max_connections=1_000, max_keepalive_connections=200, keepalive_expiry=4.0)
 """An idle connection is given up before uvicorn (and so vLLM) closes it after 5 s: whoever closes first wins nothing,
 but a request sent at that very moment would fail."""
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    """One context for all: building one costs a tenth of a second, and most engines are plain HTTP inside a cluster."""
-    return httpx2.create_ssl_context()
 
 
 class EnginePool(httpx2.BaseTransport):
@@ -50,8 +43,8 @@ class EnginePool(httpx2.BaseTransport):
         with self._lock:
             pool = self._pools.get(scheme)
             if pool is None:
-                # Without verification only where there is nothing to verify: this pool never sees an https URL.
-                pool = httpx2.HTTPTransport(verify=_tls() if scheme == "https" else False, limits=LIMITS)
+                # A pool per scheme: the one for plain HTTP needs no TLS context and never sees an https URL.
+                pool = httpx2.HTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
                 self._pools[scheme] = pool
             return pool
 
@@ -96,7 +89,7 @@ class AsyncEnginePool(httpx2.AsyncBaseTransport):
             mine = mine or self._loops.setdefault(loop, _LoopPools({}))
             pool = mine.pools.get(scheme)
             if pool is None:
-                pool = httpx2.AsyncHTTPTransport(verify=_tls() if scheme == "https" else False, limits=LIMITS)
+                pool = httpx2.AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
                 mine.pools[scheme] = pool
         if fresh:
             mine.farewell = _close_with_loop(mine)
