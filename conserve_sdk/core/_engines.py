@@ -28,6 +28,8 @@ def remove(state: State, event: EngineRemoved) -> None:
     changed = state.fleet.remove(event.engine_id)
     state.drop_all_on(event.engine_id, DropReason.ENGINE_REMOVED)
     state.tell(changed)
+    # Whoever waits for a model that nobody serves any more hears it now.
+    state.room_may_have_appeared = True
 
 
 def drain(state: State, event: EngineDrained) -> None:

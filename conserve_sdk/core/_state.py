@@ -102,8 +102,7 @@ class State:
         self.occupancy.remove(lease)
         self.fleet.finish_prefill(lease)
         self.fleet.touch(lease.decoder.engine_id)
-        # The youngest token of a lease may be one TTL older than the lease's end would have been without parking, and
-        # is valid for one more TTL.
+        # A token stays valid for up to two TTLs after it was signed; parking shortens the lease, not its tokens.
         keep_until_ms = Ms(max(lease.expires_at_ms, self.now_ms) + 2 * lease.ttl_ms)
         self.tombstones.bury(lease, reason, keep_until_ms=keep_until_ms)
         self.out.append(LeaseDropped(lease=lease, reason=reason))
