@@ -47,6 +47,8 @@ clean:  ## remove the virtual environments and caches
 
 $(STAMP): pyproject.toml
 	@echo "==> making $(VENV) and installing ConServe with all extras (about a minute)"
+	@$(PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+		{ echo "ConServe needs Python 3.11 or newer with its venv module: apt-get install python3 python3-venv, or make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
