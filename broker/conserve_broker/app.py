@@ -183,7 +183,7 @@ def _documented(route: Route[Any]) -> Callable[..., Any]:
 
 
 def _say_problem_json(app: FastAPI) -> None:
-    """Problems have a media type of their own, which FastAPI cannot be told per response."""
+    """Correct what FastAPI cannot be told: the media type of problems, and that it answers no 422 of its own."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -191,14 +191,25 @@ def _say_problem_json(app: FastAPI) -> None:
             document = generate()
             for path in document["paths"].values():
                 for operation in path.values():
-                    for status, response in operation["responses"].items():
-                        content = response.get("content", {})
-                        if status.startswith(("4", "5")) and "application/json" in content:
-                            response["content"] = {PROBLEM_MEDIA_TYPE: content["application/json"]}
+                    operation["responses"] = dict(map(_as_problem, operation["responses"].items()))
+                    operation["responses"].pop("", None)
+            for unused in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(unused, None)
         assert app.openapi_schema is not None, "generating keeps the document"
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _as_problem(item: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """A response as it really is; under the status "" when it never comes."""
+    status, response = item
+    content = response.get("content", {}).get("application/json")
+    if content is None or not status.startswith(("4", "5")):
+        return item
+    if content["schema"].get("$ref", "").endswith("/HTTPValidationError"):
+        return "", response
+    return status, {**response, "content": {PROBLEM_MEDIA_TYPE: content}}
 
 
 # ---- probes -----------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ class BrokerService:
 
     def _new_id(self, kind: str) -> str:
         if kind == "lease":
-            return f"lease-{secrets.token_urlsafe(_LEASE_ID_BYTES)}"
+            return f"lease-{secrets.token_hex(_LEASE_ID_BYTES)}"
         return f"{kind}-{next(self._request_numbers)}"
 
 

@@ -175,6 +175,7 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 return outcome.reply
             assert outcome.waiting is not None, "a request is answered or waits"
             parked = _Parked(request_id=outcome.waiting, future=Future())
+            parked.future.set_running_or_notify_cancel()  # a cancelled task must not cancel what another thread settles
             self._futures[parked.request_id] = parked.future
             return parked
 
