@@ -79,7 +79,7 @@ def _demo(
     from conserve_lab.demo.serve import serve as serve_until
     from conserve_lab.demo.settings import demo_settings
 
-    console = Console(highlight=False)
+    console = _console()
     settings = demo_settings(
         engine.value,
         conversations=conversations,
@@ -113,7 +113,7 @@ def _bench(
         conversations=conversations,
         json_path=json,
         markdown_path=markdown,
-        console=Console(highlight=False),
+        console=_console(),
     )
 
 
@@ -126,12 +126,18 @@ def _emulate(
     """Emulated vLLM servers in the foreground, until interrupted."""
     from conserve_lab.emulator import EmulatedFleet, default_fleet, load_fleet_config
 
-    console = Console(highlight=False)
+    console = _console()
     with EmulatedFleet(default_fleet() if config is None else load_fleet_config(config)) as fleet:
         for engine in fleet.engines:
             console.print(f"{engine.role:<10} {engine.url}  {engine.id}")
         _until_interrupted().wait()
     return 0
+
+
+def _console() -> Console:
+    """Return the console; a pipe has no width, so it gets one in which tables need not wrap."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
 
 
 def _until_interrupted() -> threading.Event:

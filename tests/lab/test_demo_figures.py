@@ -66,9 +66,8 @@ def _seen(**changes: Any) -> Observation:
             "d0": EngineCounters(requests=3, prompt_tokens=600, received_tokens=96, transfers=1),
         },
         "prefiller_ids": frozenset({"p0"}),
-        "fleet": FleetInfo(
-            preset="default", engines=(), leases=0, waiting_requests=0, migrations_total=1, grants_total=1
-        ),
+        "broker_grants": 1,
+        "broker_migrations": 1,
         "elapsed_s": 1.0,
     }
     return Observation(**(fields | changes))
@@ -130,8 +129,7 @@ def test_disagreement_is_an_error(changes: dict[str, Any], complaint: str) -> No
 
 
 def test_broker_that_counted_otherwise_is_an_error() -> None:
-    fleet = _seen().fleet.model_copy(update={"migrations_total": 0})
-    assert audit(_seen(fleet=fleet)) == ["migrations: the SDK saw 1, the broker 0"]
+    assert audit(_seen(broker_migrations=0)) == ["migrations: the SDK saw 1, the broker 0"]
 
 
 def test_an_agents_failure_is_reported_and_counted() -> None:
@@ -173,7 +171,9 @@ def test_view_draws_engines_with_their_occupancy() -> None:
             "max_model_len_tokens": 100,
         }
     )  # fmt: skip
-    fleet = _seen().fleet.model_copy(update={"engines": (engine,), "leases": 3})
+    fleet = FleetInfo(
+        preset="default", engines=(engine,), leases=3, waiting_requests=0, migrations_total=1, grants_total=1
+    )
     out = io.StringIO()
     snapshot = Snapshot(title="ConServe", conversations=24, finished=6, turns=40, migrations=20, fleet=fleet)
     Console(file=out, width=120).print(render(snapshot))

@@ -67,23 +67,24 @@ async def run_agents(
 
     An agent that fails ends as a run with `error` set; the others go on.
     """
+    agents = await asyncio.to_thread(lambda: [agent_for(task) for task in tasks])  # files and databases take a while
     start_s = asyncio.get_running_loop().time()
 
-    async def one(task: Task) -> AgentRun:
+    async def one(task: Task, agent: Agent) -> AgentRun:
         await asyncio.sleep(max(0.0, start_s + task.arrival_s - asyncio.get_running_loop().time()))
-        run = await _run(task, agent_for)
+        run = await _run(task, agent)
         if on_finish is not None:
             on_finish(run)
         return run
 
-    return list(await asyncio.gather(*map(one, tasks)))
+    return list(await asyncio.gather(*map(one, tasks, agents)))
 
 
-async def _run(task: Task, agent_for: AgentFactory) -> AgentRun:
+async def _run(task: Task, agent: Agent) -> AgentRun:
     config: RunnableConfig = {"configurable": {"thread_id": task.conversation_id}, "recursion_limit": _RECURSION_LIMIT}
     question = [SystemMessage(SYSTEM_PROMPT), HumanMessage(task.prompt)]
     try:
-        state = await agent_for(task).ainvoke({"messages": question}, config)
+        state = await agent.ainvoke({"messages": question}, config)
     except Exception as failure:  # noqa: BLE001 - one agent's failure is a figure of the report, not its end
         return AgentRun(task=task, error=f"{task.conversation_id}: {type(failure).__name__}: {failure}")
     messages = tuple(state["messages"])

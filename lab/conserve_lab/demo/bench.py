@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -44,6 +45,7 @@ ROWS: Mapping[str, Callable[[Figures], float | None]] = {
     "follow-up cache share %": lambda found: _percent(found["follow_up_cached_token_share"]),
     "run s": lambda found: found["elapsed_s"],
     "broker CPU ms per conversation": lambda found: found["broker_cpu_ms_per_conversation"],
+    "machine lag ms": lambda found: found["machine_lag_ms"],
     "errors": lambda found: found["errors"],
 }
 
@@ -61,11 +63,12 @@ def run_bench(
         OSError: a file cannot be written.
     """
     results: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
-    for seed in seeds:
-        for policy, (variant, preset) in POLICIES.items():
+    with EmulatedSource() as source:
+        for seed, (policy, (variant, preset)) in itertools.product(seeds, POLICIES.items()):
             settings = demo_settings("emulated", conversations=conversations, preset=preset, seed=seed, plain=True)
-            results[policy].append(_measure(variant, settings))
-            console.print(f"seed {seed}, {policy}: TTFET p95 {results[policy][-1]['ttfet_ms']['p95']} ms", style="dim")
+            found = _measure(variant, settings, source)
+            results[policy].append(found)
+            console.print(f"seed {seed}, {policy}: TTFET p95 {found['ttfet_ms']['p95']} ms", style="dim")
     console.print(_table(results))
     markdown_path.write_text(as_markdown(results, conversations=conversations), encoding="utf-8")
     json_path.write_text(json.dumps({"conversations": conversations, "policies": results}, indent=2) + "\n", "utf-8")
@@ -73,7 +76,7 @@ def run_bench(
     return 1 if any(found["errors"] for runs in results.values() for found in runs) else 0
 
 
-def _measure(variant: Variant, settings: DemoSettings) -> Figures:
+def _measure(variant: Variant, settings: DemoSettings, source: EmulatedSource) -> Figures:
     workload = settings.workload
     tasks = make_tasks(
         workload.conversations,
@@ -83,7 +86,7 @@ def _measure(variant: Variant, settings: DemoSettings) -> Figures:
         turns=workload.turns,
     )
     trial = Trial(variant=variant, settings=settings, tasks=tasks)
-    with EmulatedSource().fresh(variant) as fleet:
+    with source.fresh(variant) as fleet:
         return figures(asyncio.run(run_trial(trial, fleet, console=Console(quiet=True))))
 
 

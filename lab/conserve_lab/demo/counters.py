@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-import httpx2
+from conserve_lab.demo.plain_http import plain_async_client
 
 _LINE = re.compile(r"^(?P<name>[a-zA-Z_:]+)(?:\{(?P<labels>.*)\})? (?P<value>[^ ]+)$")
 
@@ -85,7 +85,7 @@ async def read_counters(urls: Mapping[str, str]) -> dict[str, EngineCounters]:
     Raises:
         httpx2.HTTPError: an engine did not answer.
     """
-    async with httpx2.AsyncClient(trust_env=False, timeout=10) as client:
+    async with plain_async_client(10) as client:
         pages = {engine_id: await client.get(f"{url}/metrics") for engine_id, url in urls.items()}
     return {engine_id: parse_counters(page.raise_for_status().text) for engine_id, page in pages.items()}
 

@@ -1,11 +1,17 @@
-"""CPU time of some threads of this process, for the price of scheduling beside the work itself."""
+"""What the machine itself did meanwhile: CPU time of some threads, and how late a sleeping thread is woken."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
+
+from conserve_sdk.telemetry import percentile
+
+LAG_INTERVAL_S = 0.02
 
 _FIELDS_BEFORE_TIMES = 11
 """`utime` and `stime` are fields 14 and 15 of `/proc/.../stat`; 11 fields lie between the name and them (proc(5))."""
@@ -27,3 +33,35 @@ def cpu_s(native_ids: Iterable[int]) -> float | None:
             return None
         ticks += int(after_name[_FIELDS_BEFORE_TIMES]) + int(after_name[_FIELDS_BEFORE_TIMES + 1])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class LagMeter:
+    """Measures how late a thread is woken that asked for a short sleep; a context manager.
+
+    On an idle machine that is well under a millisecond. A machine that is busy with other things, or an interpreter
+    that has more to do than it can, shows here, and then in every time between tokens.
+    """
+
+    def __init__(self) -> None:
+        self._late_ms: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._measure, name="conserve-lag-meter", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def late_ms(self, percent: float) -> float | None:
+        """Return that percentile of the delays; None without any."""
+        found = percentile(self._late_ms, percent)
+        return None if found is None else round(found, 1)
+
+    def _measure(self) -> None:
+        while not self._stop.is_set():
+            before_s = time.monotonic()
+            time.sleep(LAG_INTERVAL_S)
+            self._late_ms.append((time.monotonic() - before_s - LAG_INTERVAL_S) * 1000)

@@ -14,7 +14,6 @@ from typing import Any
 
 from conserve_lab.demo.agent import AgentRun
 from conserve_lab.demo.counters import EngineCounters, total
-from conserve_sdk.protocol import FleetInfo
 from conserve_sdk.telemetry import TurnRecord, percentile
 
 
@@ -33,9 +32,11 @@ class Observation:
     Attributes:
         counters: what each engine counted during the run, by engine id.
         prefiller_ids: engines that only prefill.
-        fleet: the broker's own account, read after the last report was flushed.
+        broker_grants: leases that the broker granted during the run.
+        broker_migrations: migrations that the broker was told of, once the last report was flushed.
         elapsed_s: duration of the run.
-        broker_cpu_s: CPU seconds of the broker's thread, where it could be told.
+        broker_cpu_s: CPU seconds of the broker's threads, where they could be told.
+        machine_lag_ms: how late a sleeping thread was woken, 95th percentile.
     """
 
     variant: Variant
@@ -45,9 +46,11 @@ class Observation:
     records: Sequence[TurnRecord]
     counters: Mapping[str, EngineCounters]
     prefiller_ids: frozenset[str]
-    fleet: FleetInfo
+    broker_grants: int
+    broker_migrations: int
     elapsed_s: float
     broker_cpu_s: float | None = None
+    machine_lag_ms: float | None = None
 
     @property
     def prefillers(self) -> EngineCounters:
@@ -72,7 +75,7 @@ def figures(seen: Observation) -> dict[str, Any]:
         "preset": seen.preset,
         "conversations": len(seen.runs),
         "turns": len(seen.records),
-        "leases": seen.fleet.grants_total,
+        "leases": seen.broker_grants,
         "leases_migrated": len(migrated),
         "migrations": moved,
         "migrations_per_migrated_lease": round(moved / len(migrated), 4) if migrated else None,
@@ -88,6 +91,7 @@ def figures(seen: Observation) -> dict[str, Any]:
         "losses": dict(sorted(Counter(record.loss for record in seen.records if record.loss).items())),
         "elapsed_s": round(seen.elapsed_s, 2),
         "broker_cpu_ms_per_conversation": _cpu_ms(seen),
+        "machine_lag_ms": seen.machine_lag_ms,
     }
 
 
@@ -120,7 +124,7 @@ def audit(seen: Observation) -> list[str]:
     problems += _differ("failed transfers: expected {}, the engines saw {}", 0, decoders.failed_transfers)
     if seen.variant is Variant.CONSERVE:
         problems += _differ("prefills of first turns: {} of {} in all", first_prefills, prefills)
-        problems += _differ("migrations: the SDK saw {}, the broker {}", migrated, seen.fleet.migrations_total)
+        problems += _differ("migrations: the SDK saw {}, the broker {}", migrated, seen.broker_migrations)
         problems += _moved_more_than_once(records)
     return problems
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from conserve_lab.demo.errors import DemoError
 from conserve_lab.demo.figures import Variant
+from conserve_lab.demo.fleet_process import FleetProcess, FleetProcessError
 from conserve_lab.demo.settings import DemoSettings, EngineKind
-from conserve_lab.emulator import EmulatedFleet, FleetConfig, FleetConfigError, fleet_of
-from conserve_lab.stack import broker_entries
+from conserve_lab.emulator import FleetConfig, fleet_of
 from conserve_lab.vllm import FleetOptions, VllmError, VllmFleet
 from conserve_sdk.core.units import EngineId
 
@@ -76,7 +76,8 @@ def open_source(settings: DemoSettings, *, say: Say) -> Iterator[FleetSource]:
         DemoError: real engines cannot be started.
     """
     if settings.engine == "emulated":
-        yield EmulatedSource()
+        with EmulatedSource() as emulated:
+            yield emulated
         return
     options = FleetOptions(prefillers=1, decoders=2, references=1)
     try:
@@ -95,28 +96,32 @@ def emulated_config(variant: Variant, *, prefillers: int = PREFILLERS, decoders:
 
 
 class EmulatedSource:
-    """A new emulated fleet for every run."""
+    """A new emulated fleet for every run, in a child process; a context manager."""
 
     reference_url: str | None = None
+
+    def __init__(self) -> None:
+        self._process = FleetProcess()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._process.close()
 
     @contextmanager
     def fresh(self, variant: Variant) -> Iterator[RunningFleet]:
         """Start the variant's fleet, and stop it after the block."""
         try:
-            with EmulatedFleet(emulated_config(variant)) as fleet:
-                yield running(fleet)
-        except FleetConfigError as error:
+            with self._process.fleet(emulated_config(variant)) as fleet:
+                yield RunningFleet(
+                    kind="emulated",
+                    model=fleet.model,
+                    urls={entry["id"]: entry["url"] for entry in fleet.entries},
+                    broker_engines=fleet.entries,
+                )
+        except FleetProcessError as error:
             raise DemoError(str(error)) from error
-
-
-def running(fleet: EmulatedFleet) -> RunningFleet:
-    """Describe an emulated fleet that is up."""
-    return RunningFleet(
-        kind="emulated",
-        model=fleet.engines[0].model,
-        urls={engine.id: engine.url for engine in fleet.engines},
-        broker_engines=tuple(broker_entries(fleet)),
-    )
 
 
 class VllmSource:

@@ -20,6 +20,10 @@ def _whole(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
+def _tenths(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -46,6 +50,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("TTFT ms, p50 / p95", "ttft_ms", _ms),
     ("TTFET ms, p50 / p95", "ttfet_ms", _ms),
     ("time between tokens ms, p50 / p95 / p99", "tbt_ms", _ms),
+    ("machine lag ms (0 is idle), p95", "machine_lag_ms", _tenths),
     ("errors", "errors", _whole),
 )
 

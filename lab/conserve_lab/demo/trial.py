@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from rich.console import Console
 
 from conserve_broker.server import BrokerServer
@@ -17,10 +16,11 @@ from conserve_broker.settings import BrokerConfig
 from conserve_lab.baselines import PerTurnPlanner
 from conserve_lab.demo.agent import Agent, AgentFactory, AgentRun, build_agent, run_agents
 from conserve_lab.demo.counters import read_counters
-from conserve_lab.demo.cpu import cpu_s, thread_ids
+from conserve_lab.demo.cpu import LagMeter, cpu_s, thread_ids
 from conserve_lab.demo.errors import DemoError
 from conserve_lab.demo.figures import Observation, Variant
 from conserve_lab.demo.fleets import RunningFleet
+from conserve_lab.demo.plain_http import plain_async_client
 from conserve_lab.demo.report import COLUMNS
 from conserve_lab.demo.scripted import scripted_node
 from conserve_lab.demo.settings import DemoSettings
@@ -82,24 +82,28 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
         DemoError: the run exceeded its budget.
     """
     collector = TurnCollector()
-    with tempfile.TemporaryDirectory(prefix="conserve-demo-") as folder:
-        config = broker_config(fleet, preset=trial.preset, journal=str(Path(folder) / "leases.sqlite"))
+    with tempfile.TemporaryDirectory(prefix="conserve-demo-") as name:
+        folder = Path(name)
+        config = broker_config(fleet, preset=trial.preset, journal=str(folder / "leases.sqlite"))
         other_threads = thread_ids()
         with BrokerServer(config) as broker:
             broker_threads = thread_ids() - other_threads
             await asyncio.to_thread(broker.wait_until_ready, engines=len(fleet.urls))
-            before = await read_counters(fleet.urls)
+            await _warm_up(trial, fleet, broker.url, folder / "warm-up")
+            account_before, before = await _account(broker.url), await read_counters(fleet.urls)
+            cpu_before_s = cpu_s(broker_threads)
             started_s = time.monotonic()
-            with _sdk(trial, broker_url=broker.url, collector=collector) as conserve:
+            with _sdk(trial, broker_url=broker.url, collector=collector) as conserve, LagMeter() as lag:
                 progress = Progress(
                     COLUMNS[trial.variant], conversations=len(trial.tasks), broker_url=broker.url, turns=collector
                 )
                 with watching(progress, console=console, plain=trial.settings.plain):
-                    runs = await _run(trial, agents_on(fleet, conserve, trial.settings, Path(folder)), progress)
+                    runs = await _run(trial, agents_on(fleet, conserve, trial.settings, folder), progress)
                 elapsed_s = time.monotonic() - started_s
                 await asyncio.to_thread(conserve.flush)
-                account = await settled_account(broker.url, migrations=sum(r.migrated for r in collector.records))
-            broker_cpu_s = cpu_s(broker_threads)
+            migrated = sum(record.migrated for record in collector.records)
+            account = await settled_account(broker.url, migrations=account_before.migrations_total + migrated)
+            broker_cpu_s = _since(cpu_s(broker_threads), cpu_before_s)
             after = await read_counters(fleet.urls)
     return Observation(
         variant=trial.variant,
@@ -109,10 +113,21 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
         records=collector.records,
         counters={engine_id: after[engine_id] - before[engine_id] for engine_id in after},
         prefiller_ids=fleet.prefiller_ids,
-        fleet=account,
+        broker_grants=account.grants_total - account_before.grants_total,
+        broker_migrations=account.migrations_total - account_before.migrations_total,
         elapsed_s=elapsed_s,
         broker_cpu_s=broker_cpu_s,
+        machine_lag_ms=lag.late_ms(95),
     )
+
+
+async def _warm_up(trial: Trial, fleet: RunningFleet, broker_url: str, folder: Path) -> None:
+    """Hold one short conversation that is not counted: what is made at the first use shall not be measured."""
+    task = Task(conversation_id="warm-up", arrival_s=0.0, prompt="Read the rules.", seed=0, turns=2)
+    with _sdk(trial, broker_url=broker_url, collector=TurnCollector()) as conserve:
+        await run_agents([task], agent_for=agents_on(fleet, conserve, trial.settings, folder))
+        await asyncio.to_thread(conserve.release, task.conversation_id)
+        await asyncio.to_thread(conserve.flush)
 
 
 def agents_on(fleet: RunningFleet, conserve: ConServe, settings: DemoSettings, folder: Path) -> AgentFactory:
@@ -138,17 +153,21 @@ def agents_on(fleet: RunningFleet, conserve: ConServe, settings: DemoSettings, f
 async def settled_account(broker_url: str, *, migrations: int) -> FleetInfo:
     """Return the broker's account once it has heard of so many migrations, or as it is after a while."""
     deadline_s = time.monotonic() + SETTLE_BUDGET_S
-    async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
-        while True:
-            account = await _account(client, broker_url)
-            if account.migrations_total >= migrations or time.monotonic() > deadline_s:
-                return account
-            await asyncio.sleep(_POLL_S)
+    while True:
+        account = await _account(broker_url)
+        if account.migrations_total >= migrations or time.monotonic() > deadline_s:
+            return account
+        await asyncio.sleep(_POLL_S)
 
 
-async def _account(client: httpx2.AsyncClient, broker_url: str) -> FleetInfo:
-    answer = await client.get(f"{broker_url}/v1/fleet")
+async def _account(broker_url: str) -> FleetInfo:
+    async with plain_async_client(5) as client:
+        answer = await client.get(f"{broker_url}/v1/fleet")
     return FleetInfo.model_validate_json(answer.raise_for_status().content)
+
+
+def _since(now_s: float | None, before_s: float | None) -> float | None:
+    return None if now_s is None or before_s is None else now_s - before_s
 
 
 async def _run(trial: Trial, agent_for: AgentFactory, progress: Progress) -> list[AgentRun]:

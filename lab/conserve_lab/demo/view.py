@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conserve_lab.demo.agent import AgentRun
+from conserve_lab.demo.plain_http import plain_client
 from conserve_sdk.protocol import EngineInfo, FleetInfo
 from conserve_sdk.telemetry import TurnCollector
 
@@ -89,14 +90,14 @@ def watching(progress: Progress, *, console: Console, plain: bool) -> Iterator[N
 
 
 def _show_lines(progress: Progress, console: Console, stop: threading.Event) -> None:
-    with httpx2.Client(trust_env=False, timeout=2) as client:
+    with plain_client(2) as client:
         while not stop.wait(_PLAIN_INTERVAL_S):
             console.print(_line(progress.snapshot(client)), highlight=False)
 
 
 def _show_live(progress: Progress, console: Console, stop: threading.Event) -> None:
     with (
-        httpx2.Client(trust_env=False, timeout=2) as client,
+        plain_client(2) as client,
         Live(console=console, auto_refresh=False, transient=True) as live,
     ):
         while not stop.wait(_LIVE_INTERVAL_S):

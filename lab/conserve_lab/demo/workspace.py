@@ -47,6 +47,7 @@ class Workspace:
             path.parent.mkdir(exist_ok=True)
             path.write_text(_document(chance) if name.endswith(".md") else _module(chance), encoding="utf-8")
         with closing(sqlite3.connect(self.database)) as connection, connection:
+            connection.execute("pragma synchronous = off")  # thrown away with the demo
             _fill(connection, chance)
 
     def add_note(self, title: str, text: str) -> Path:
