@@ -173,4 +173,6 @@ class _Target:
             running=metrics.running,
             waiting=metrics.waiting,
             prefill_tokens_total=metrics.prefill_tokens_total,
+            # prefill_busy_ms_total stays 0: vLLM's request_prefill_time_seconds sums over overlapping requests and is
+            # mostly one scheduler step each for follow-up turns, so a rate from it would be far too low.
         )

@@ -290,6 +290,19 @@ class TestFailure:
         assert [found.lease_id for found in recovery.leases] == [f"l-{number:05d}" for number in range(2, 500)]
         assert recovery.draining == ("d0",)
 
+    def test_a_write_that_fails_half_way_leaves_nothing_behind(self, path: Path) -> None:
+        journal = Journal.open(path)
+        journal._file._db.execute("DROP TABLE drain")
+        with pytest.raises(JournalError, match=r"failed; check file and disk \(no such table: drain\)"):
+            write(journal, stored(1), DrainFlag("d0", True))
+        assert journal._file.rows() == []
+        journal._file._db.execute("CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID")
+        wait_for(lambda: journal.failure == "")
+        journal.close()
+        again = Journal.open(path)
+        assert again.load().leases == (lease(1),)
+        again.close()
+
     def test_a_change_that_cannot_be_encoded_hangs_nobody(self, journal: Journal) -> None:
         with pytest.raises(JournalError, match="could not be written and is left out"):
             write(journal, stored(1, turns=object()))

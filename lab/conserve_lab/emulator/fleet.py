@@ -183,7 +183,7 @@ class EmulatedFleet:
                 "role": engine.role,
                 "model": engine.model,
                 "connector": engine.config.connector,
-                "block_size": engine.config.block_size,
+                "block_size_tokens": engine.config.block_size,
                 "transfer_group": "" if engine.config.connector == "none" else transfer_group,
             }
             for engine in self._engines
