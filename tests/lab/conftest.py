@@ -24,8 +24,8 @@ def fleet() -> Iterator[EmulatedFleet]:
         yield fresh
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def http() -> Iterator[httpx2.Client]:
-    """A client with a generous timeout."""
+    """One client for all tests (its TLS context takes a third of a second), with a generous timeout."""
     with httpx2.Client(timeout=30) as client:
         yield client

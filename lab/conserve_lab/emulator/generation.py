@@ -110,6 +110,8 @@ class Run:
     async def updates(self, *, interval: int = 1) -> AsyncIterator[list[Update]]:
         """Yield new tokens as they come to exist, several choices at a time.
 
+        A slow reader gets as many updates as a fast one, so that what is streamed does not depend on timing.
+
         Args:
             interval: Tokens per update after a choice's first.
 
@@ -148,8 +150,11 @@ def _update(choice: Choice, interval: int) -> Update | None:
         return None
     if stream.error is not None:
         raise stream.error
-    new = stream.produced - choice.shown
-    if not new or (choice.shown and new < interval and not stream.finished):
-        return None
-    start, choice.shown = choice.shown, stream.produced
-    return Update(choice, start, stream.produced, stream.finished)
+    start = choice.shown
+    end = start + (interval if start else 1)
+    if end > stream.produced:
+        if not stream.finished or start == stream.produced:
+            return None
+        end = stream.produced
+    choice.shown = end
+    return Update(choice, start, end, stream.finished and end == stream.produced)
