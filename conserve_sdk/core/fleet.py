@@ -77,9 +77,6 @@ class Fleet:
 
     # ---- reading ----
 
-    def __contains__(self, engine_id: EngineId) -> bool:
-        return engine_id in self._engines
-
     def view(self, engine_id: EngineId) -> EngineView | None:
         """One engine, or None when it is not configured. Views are kept until something of the engine changes."""
         view = self._views.get(engine_id)
@@ -143,10 +140,12 @@ class Fleet:
     # ---- observation ----
 
     def observe(self, event: EngineObserved) -> tuple[EngineStateChanged | None, bool]:
-        """Take a successful scrape; returns the change of state and whether the incarnation is a new one."""
-        engine = self._engines.get(event.engine_id)
-        if engine is None:
-            return None, False
+        """Take a successful scrape of a configured engine.
+
+        Returns:
+            The change of state, and whether the incarnation is another one than before (or the first).
+        """
+        engine = self._engines[event.engine_id]
         before = engine.seen
         if before is not None and before.incarnation == event.incarnation:
             another = False

@@ -373,7 +373,7 @@ def test_who_waits_for_a_key_gets_the_lease_that_comes_back() -> None:
     world = World()
     for engine_id in ("d0", "d1"):
         world.drain(engine_id)
-    assert only(Waiting, world.request("c", wait_ms=5_000))
+    only(Waiting, world.request("c", wait_ms=5_000))
     outcome = answers(world.readopt(lease))
     assert outcome == {RequestId("r1"): Granted(request_id=RequestId("r1"), lease=lease, reused=True)}
 

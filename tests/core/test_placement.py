@@ -1,0 +1,405 @@
+"""Placement: which decoder, and where the first turn is prefilled."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from conserve_sdk.core import (
+    AFFINITY,
+    DEFAULT,
+    PAPER,
+    PRESETS,
+    BrokerSettings,
+    EngineId,
+    EngineState,
+    EngineView,
+    Incarnation,
+    Mode,
+    Ms,
+    PlacementSettings,
+    Role,
+    Tokens,
+    TransferGroup,
+)
+from conserve_sdk.core.placement import NoPlacement, Placement, Wanted, place
+from tests.core.world import M, World, engines, spec
+
+
+def view(engine_id: str, role: Role = Role.DECODER, **changes: Any) -> EngineView:
+    values: dict[str, Any] = {
+        "spec": spec(engine_id, role),
+        "state": EngineState.READY,
+        "incarnation": Incarnation("i1"),
+        "observed_at_ms": Ms(0),
+        "kv_capacity_tokens": Tokens(100_000),
+        "rate_tokens_per_s": 10_000,
+        "block_size_tokens": Tokens(16),
+    }
+    return EngineView(**{**values, **changes})
+
+
+def leased(engine_id: str, tokens: int, **changes: Any) -> EngineView:
+    return view(engine_id, kv_leased_tokens=Tokens(tokens), **changes)
+
+
+def outcome(
+    views: list[EngineView], *, preset: PlacementSettings = PAPER, tokens: int = 1_000, **wanted: Any
+) -> Placement | NoPlacement:
+    ordered = sorted(views, key=lambda each: each.engine_id)
+    request = Wanted(model=M, input_tokens=Tokens(tokens), **wanted)
+    return place(request, ordered, settings=BrokerSettings(placement=preset), now_ms=Ms(0))
+
+
+def placed(views: list[EngineView], **options: Any) -> Placement:
+    found = outcome(views, **options)
+    assert isinstance(found, Placement)
+    return found
+
+
+def decoder(views: list[EngineView], **options: Any) -> str:
+    return placed(views, **options).decoder.engine_id
+
+
+def prefill(views: list[EngineView], **options: Any) -> tuple[str | None, str]:
+    found = placed(views, **options)
+    return None if found.prefiller is None else found.prefiller.engine_id, found.receipt.prefill_rule
+
+
+# ---- decoder ----
+
+
+def test_the_lowest_load_after_placement_wins() -> None:
+    assert decoder([leased("d0", 2_000), leased("d1", 1_000), leased("d2", 3_000)]) == "d1"
+
+
+def test_load_is_relative_to_capacity_and_counts_the_newcomer() -> None:
+    small = leased("small", 0, kv_capacity_tokens=Tokens(10_000))
+    large = leased("large", 8_999)
+    assert decoder([small, large], tokens=1_000) == "large"
+    assert decoder([small, replace(large, kv_leased_tokens=Tokens(9_000))], tokens=1_000) == "large", "tie by id"
+    assert decoder([small, replace(large, kv_leased_tokens=Tokens(9_001))], tokens=1_000) == "small"
+
+
+def test_what_was_scraped_above_the_ledger_counts() -> None:
+    assert decoder([leased("d0", 1_000, kv_used_tokens=Tokens(5_000)), leased("d1", 4_000)]) == "d1"
+
+
+def test_a_hint_wins_within_the_slack_and_not_above() -> None:
+    def chosen(hinted_tokens: int, preset: PlacementSettings) -> tuple[str, str]:
+        found = placed([leased("d0", 0), leased("d1", hinted_tokens)], preset=preset, hint=EngineId("d1"))
+        return found.decoder.engine_id, found.receipt.rule
+
+    assert chosen(30_000, DEFAULT) == ("d1", "hint")
+    assert chosen(30_001, DEFAULT) == ("d0", "most_free_kv")
+    assert chosen(1, PAPER) == ("d0", "most_free_kv")
+    assert chosen(0, PAPER) == ("d1", "hint")
+
+
+def test_a_hint_that_does_not_fit_is_ignored() -> None:
+    views = [leased("d0", 0), leased("d1", 99_500)]
+    assert decoder(views, hint=EngineId("d1"), preset=replace(PAPER, hint_slack_ppm=DEFAULT.kv_watermark_ppm)) == "d0"
+
+
+def test_a_failed_engine_is_left_out() -> None:
+    assert decoder([view("d0"), view("d1")], failed_engine_id=EngineId("d0")) == "d1"
+
+
+def test_a_decoder_that_is_also_a_prefiller_may_host_but_not_prefill_for_itself() -> None:
+    assert prefill([view("b0", Role.BOTH)]) == (None, "no_prefiller")
+    assert prefill([view("b0", Role.BOTH), leased("b1", 1, spec=spec("b1", Role.BOTH))]) == ("b1", "always_prefiller")
+
+
+# ---- prefiller: who may ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"state": EngineState.SUSPECT}, "suspect"),
+        ({"observed_at_ms": Ms(-10_001)}, "stale"),
+        ({"spec": spec("p0", Role.PREFILLER, transfer_group=TransferGroup("h"))}, "no_common_transfer_group"),
+        ({"spec": spec("p0", Role.PREFILLER, transfer_group=TransferGroup(""))}, "no_common_transfer_group"),
+        ({"block_size_tokens": Tokens(32)}, "block_size_differs"),
+        ({"kv_capacity_tokens": Tokens(999)}, "prompt_too_long"),
+        ({"max_model_len_tokens": Tokens(999)}, "prompt_too_long"),
+        ({"kv_capacity_tokens": Tokens(1_000), "max_model_len_tokens": Tokens(1_000)}, "always_prefiller"),
+        ({"kv_capacity_tokens": Tokens(0)}, "always_prefiller"),
+        ({"observed_at_ms": Ms(-10_000)}, "always_prefiller"),
+    ],
+)
+def test_an_unusable_prefiller_leaves_the_prefill_to_the_decoder(changes: dict[str, Any], rule: str) -> None:
+    found = placed([view("d0"), replace(view("p0", Role.PREFILLER), **changes)])
+    assert found.receipt.prefill_rule == rule
+    assert (found.prefiller is None) is (rule != "always_prefiller")
+    assert found.receipt.candidates[-1].verdict == ("chosen" if found.prefiller else rule)
+
+
+def test_engines_without_a_connector_never_exchange_kv() -> None:
+    alone = TransferGroup("")
+    views = [
+        view("d0", spec=spec("d0", transfer_group=alone)),
+        view("p0", spec=spec("p0", Role.PREFILLER, transfer_group=alone)),
+    ]
+    assert prefill(views) == (None, "no_common_transfer_group")
+
+
+def test_different_hindrances_are_told_apart_in_the_candidates() -> None:
+    found = placed(
+        [view("d0"), view("p0", Role.PREFILLER, state=EngineState.GONE), view("p1", Role.PREFILLER)],
+        failed_engine_id=EngineId("p1"),
+    )
+    assert found.receipt.prefill_rule == "no_usable_prefiller"
+    assert [each.verdict for each in found.receipt.candidates] == ["chosen", "gone", "failed"]
+
+
+# ---- prefiller: which ----
+
+
+def test_the_papers_rule_takes_the_least_backlog_whatever_it_is() -> None:
+    views = [
+        view("d0"),
+        view("p0", Role.PREFILLER, backlog_tokens=Tokens(2_000)),
+        view("p1", Role.PREFILLER, backlog_tokens=Tokens(1_000)),
+        view("p2", Role.PREFILLER, backlog_tokens=Tokens(1_000)),
+    ]
+    assert prefill(views) == ("p1", "always_prefiller")
+    assert prefill(views, tokens=1) == ("p1", "always_prefiller")
+
+
+def score_views(**of_decoder: Any) -> list[EngineView]:
+    """A decoder with streams, and a prefiller at the same rate."""
+    return [view("d0", **of_decoder), view("p0", Role.PREFILLER)]
+
+
+def test_the_score_is_what_the_policy_study_says() -> None:
+    found = placed(
+        [
+            view("d0", backlog_tokens=Tokens(3_000), busy=2, running=4, rate_tokens_per_s=5_000),
+            view("p0", Role.PREFILLER, backlog_tokens=Tokens(500), running=9, rate_tokens_per_s=20_000),
+        ],
+        preset=DEFAULT,
+        tokens=2_000,
+    )
+    at_decoder, at_prefiller = (each.score_us for each in found.receipt.candidates)
+    # (3000 + 2000) / 5000 s, and .3 * 4 streams * 2000 / 5000 s of harm
+    assert at_decoder == 1_000_000 + 480_000
+    # (500 + 2000) / 20000 s, 20 ms and 2000 tokens over a link of 200000 tokens/s; nobody decodes there
+    assert at_prefiller == 125_000 + 20_000 + 10_000
+    assert found.prefiller is not None
+    assert (found.receipt.prefill_rule, found.receipt.candidates[1].verdict) == ("score", "chosen")
+
+
+def test_busy_leases_count_where_the_scrape_saw_less() -> None:
+    found = placed(score_views(busy=4, running=1), preset=DEFAULT, tokens=2_000)
+    assert found.receipt.candidates[0].score_us == 200_000 + 240_000
+
+
+def test_streams_on_an_engine_of_both_roles_count_as_harm_there_too() -> None:
+    both = view("b0", Role.BOTH, running=1, kv_leased_tokens=Tokens(5_000))
+    found = placed([view("d0", busy=9), both], preset=DEFAULT, tokens=2_000)
+    assert found.receipt.candidates[-1].score_us == 200_000 + 60_000 + 30_000
+
+
+def test_an_idle_decoder_prefills_for_itself() -> None:
+    assert prefill(score_views(), preset=DEFAULT) == (None, "score")
+
+
+def test_a_busy_decoder_sends_the_prefill_away() -> None:
+    assert prefill(score_views(busy=4), preset=DEFAULT, tokens=8_000) == ("p0", "score")
+
+
+def test_a_tie_stays_on_the_decoder() -> None:
+    # The decoder's backlog of 250 tokens costs 25 ms, exactly what the move of 1000 tokens costs.
+    assert prefill(score_views(backlog_tokens=Tokens(250)), preset=DEFAULT, tokens=1_000) == (None, "score")
+    assert prefill(score_views(backlog_tokens=Tokens(251)), preset=DEFAULT, tokens=1_000) == ("p0", "score")
+
+
+def test_equal_prefillers_tie_by_id() -> None:
+    views = [view("d0", busy=9), view("p1", Role.PREFILLER), view("p0", Role.PREFILLER)]
+    assert prefill(views, preset=DEFAULT, tokens=8_000) == ("p0", "score")
+
+
+@pytest.mark.parametrize(("tokens", "rule"), [(255, "below_minimum"), (256, "score")])
+def test_tiny_first_turns_stay_on_the_decoder(tokens: int, rule: str) -> None:
+    chosen = prefill(score_views(busy=99), preset=DEFAULT, tokens=tokens)
+    assert chosen == (None if rule == "below_minimum" else "p0", rule)
+
+
+# ---- receipts ----
+
+
+def test_a_receipt_lists_the_chosen_and_the_best_others_per_role() -> None:
+    views = [
+        *(leased(f"d{index}", 1_000 * (9 - index)) for index in range(8)),
+        leased("d8", 99_999),
+        *(view(f"p{index}", Role.PREFILLER, backlog_tokens=Tokens(1_000 * (9 - index))) for index in range(6)),
+        view("p7", Role.PREFILLER, state=EngineState.GONE),
+    ]
+    candidates = placed(views, preset=DEFAULT, tokens=1_000, hint=EngineId("d2")).receipt.candidates
+    assert [(each.engine_id, each.verdict) for each in candidates] == [
+        ("d2", "chosen"),
+        ("d5", "fits"),
+        ("d6", "fits"),
+        ("d7", "fits"),
+        ("p2", "fits"),
+        ("p3", "fits"),
+        ("p4", "fits"),
+        ("p5", "fits"),
+    ]
+    hosts = [
+        candidate for candidate in placed([*views[:2], *views[8:]]).receipt.candidates if candidate.role == "decoder"
+    ]
+    assert [candidate.verdict for candidate in hosts] == ["fits", "chosen", "over_watermark"]
+
+
+def test_receipts_share_the_lines_that_say_the_same() -> None:
+    views = [view("d0"), view("d1")]
+    first, second = placed(views).receipt, placed(views).receipt
+    assert first.candidates[1] is second.candidates[1]
+
+
+def test_presets_are_found_by_their_names() -> None:
+    assert PRESETS == {"paper": PAPER, "default": DEFAULT, "affinity": AFFINITY}
+
+
+# ---- properties ----
+
+ROLES = st.sampled_from([Role.DECODER, Role.DECODER, Role.PREFILLER, Role.BOTH])
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> list[EngineView]:
+    # Small numbers make ties and full decoders likely.
+    count = draw(st.integers(1, 6))
+    return [
+        view(
+            f"e{index}",
+            spec=spec(
+                f"e{index}", draw(ROLES), transfer_group=TransferGroup(draw(st.sampled_from(["g", "g", "h", ""])))
+            ),
+            state=draw(st.sampled_from([EngineState.READY] * 4 + [EngineState.DRAINING, EngineState.GONE])),
+            observed_at_ms=Ms(-draw(st.sampled_from([0, 0, 10_000, 10_001]))),
+            kv_capacity_tokens=Tokens(draw(st.sampled_from([0, 50, 100, 100, 200]))),
+            kv_leased_tokens=Tokens(draw(st.integers(0, 110))),
+            kv_used_tokens=Tokens(draw(st.integers(0, 110))),
+            backlog_tokens=Tokens(draw(st.integers(0, 3))),
+            busy=draw(st.integers(0, 3)),
+            running=draw(st.integers(0, 3)),
+            rate_tokens_per_s=draw(st.sampled_from([1, 10, 10_000])),
+            block_size_tokens=Tokens(draw(st.sampled_from([16, 16, 32]))),
+            max_model_len_tokens=Tokens(draw(st.sampled_from([0, 40, 1_000]))),
+        )
+        for index in range(count)
+    ]
+
+
+PRESET = st.sampled_from(
+    [PAPER, AFFINITY, DEFAULT, replace(DEFAULT, local_below_tokens=Tokens(0), transfer_overhead_us=0)]
+)
+WANTED = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(0, 60),
+        "exact": st.booleans(),
+        "hint": st.sampled_from([None, "e0", "e1", "nobody"]),
+        "failed_engine_id": st.sampled_from([None, "e0", "e1"]),
+    }
+)
+
+
+def gist(found: Placement | NoPlacement) -> object:
+    if isinstance(found, NoPlacement):
+        return found.reason, found.hopeless
+    return found.decoder.engine_id, found.prefiller and found.prefiller.engine_id, found.receipt
+
+
+@given(fleets(), PRESET, WANTED)
+def test_a_placement_keeps_every_promise(
+    views: list[EngineView], preset: PlacementSettings, wanted: dict[str, Any]
+) -> None:
+    found = outcome(views, preset=preset, **wanted)
+    assume(isinstance(found, Placement))
+    assert isinstance(found, Placement)
+    chosen = [view for view in (found.decoder, found.prefiller) if view is not None]
+    for each in chosen:
+        assert each.state is EngineState.READY
+        assert each.observed_at_ms is not None
+        assert each.observed_at_ms >= -10_000
+        assert each.engine_id != wanted["failed_engine_id"]
+    host = found.decoder
+    assert host.spec.role is not Role.PREFILLER
+    occupied = max(host.kv_leased_tokens, host.kv_used_tokens)
+    assert (occupied + found.need_tokens) * 1_000_000 <= preset.kv_watermark_ppm * host.kv_capacity_tokens
+    assert host.max_model_len_tokens == 0 or found.need_tokens <= host.max_model_len_tokens
+    if found.prefiller is not None:
+        assert preset is not AFFINITY
+        assert found.prefiller.spec.role is not Role.DECODER
+        assert found.prefiller.engine_id != host.engine_id
+        assert found.prefiller.spec.transfer_group == host.spec.transfer_group != ""
+        assert found.prefiller.block_size_tokens == host.block_size_tokens
+
+
+@given(fleets(), PRESET, WANTED, st.randoms(use_true_random=False))
+def test_the_order_in_which_engines_came_does_not_matter(
+    views: list[EngineView], preset: PlacementSettings, wanted: dict[str, Any], random: Any
+) -> None:
+    """Invariant 10, through the broker: configured and observed in another order, the same lease is granted."""
+    shuffled = list(views)
+    random.shuffle(shuffled)
+
+    def lease_of(order: list[EngineView]) -> object:
+        world = World(fleet=[], settings=BrokerSettings(placement=preset))
+        for each in order:
+            world.configure(
+                replace(each.spec, transfer_group=TransferGroup(each.spec.transfer_group + str(each.block_size_tokens)))
+            )
+            world.observe(
+                each.engine_id,
+                kv_capacity_tokens=each.kv_capacity_tokens,
+                kv_used_tokens=each.kv_used_tokens,
+                block_size_tokens=each.block_size_tokens,
+                max_model_len_tokens=each.max_model_len_tokens,
+                running=each.running,
+            )
+        return world.request("c", wanted["tokens"], hint=wanted["hint"])
+
+    assert lease_of(views) == lease_of(shuffled)
+
+
+@given(fleets(), PRESET, WANTED, st.integers(0, 5), st.integers(1, 50), st.booleans())
+def test_raising_an_occupancy_never_makes_a_decoder_chosen(
+    views: list[EngineView], preset: PlacementSettings, wanted: dict[str, Any], index: int, more: int, ledger: bool
+) -> None:
+    """Invariant 10, second half."""
+    assume(index < len(views))
+    before = outcome(views, preset=preset, **wanted)
+    raised = views[index]
+    assume(not (isinstance(before, Placement) and before.decoder is raised))
+    field = "kv_leased_tokens" if ledger else "kv_used_tokens"
+    fuller = replace(raised, **{field: getattr(raised, field) + more})
+    after = outcome([*views[:index], fuller, *views[index + 1 :]], preset=preset, **wanted)
+    assert isinstance(after, NoPlacement) or after.decoder.engine_id != raised.engine_id
+
+
+@given(fleets(), WANTED, st.integers(2, 9))
+def test_scaling_all_sizes_keeps_the_decoder(views: list[EngineView], wanted: dict[str, Any], factor: int) -> None:
+    def scaled(each: EngineView) -> EngineView:
+        sizes = ("kv_capacity_tokens", "kv_leased_tokens", "kv_used_tokens", "max_model_len_tokens")
+        changes: dict[str, Any] = {name: factor * getattr(each, name) for name in sizes}
+        return replace(each, **changes)
+
+    before = outcome(views, preset=PAPER, **wanted)
+    after = outcome([scaled(each) for each in views], preset=PAPER, **{**wanted, "tokens": factor * wanted["tokens"]})
+    assert type(before) is type(after)
+    if isinstance(before, Placement) and isinstance(after, Placement):
+        assert before.decoder.engine_id == after.decoder.engine_id
+
+
+def test_the_modes_follow_from_the_presets() -> None:
+    modes = {
+        name: World(fleet=engines(), settings=BrokerSettings(placement=preset)).grant("c", 8_000).mode
+        for name, preset in PRESETS.items()
+    }
+    assert modes == {"paper": Mode.MIGRATE, "default": Mode.LOCAL, "affinity": Mode.LOCAL}
