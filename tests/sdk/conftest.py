@@ -135,18 +135,28 @@ def _outcome(raw, answer) -> Outcome:
     return Outcome(text=message.content or "", headers=raw.headers, tool=tool)
 
 
-@pytest.fixture(params=["sync", "async"])
-def make_world(request):
-    """Make worlds of one colour; every test that uses it runs in both."""
+def _maker(colour):
     worlds = []
 
     def make(**options) -> World:
-        worlds.append(World(request.param, **options))
+        worlds.append(World(colour, **options))
         return worlds[-1]
 
     yield make
     for world in worlds:
         world.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def make_world(request):
+    """Make worlds of one colour; every test that uses it runs in both."""
+    yield from _maker(request.param)
+
+
+@pytest.fixture
+def make_async_world():
+    """Make async worlds, for what only tasks can do."""
+    yield from _maker("async")
 
 
 @pytest.fixture
