@@ -1,0 +1,352 @@
+"""A second, independent account of what a broker must do: fed with every event and decision, it checks the invariants.
+
+It places nothing itself. It knows when leases end, which engines may get leases, who waits, and what the journal
+holds; whatever the broker decides is checked against that. Numbers are those of the design's section 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from conserve_sdk.core import (
+    Activity,
+    Broker,
+    BrokerSettings,
+    Decision,
+    DropReason,
+    EngineConfigured,
+    EngineDrained,
+    EngineFailureReported,
+    EngineId,
+    EngineObserved,
+    EngineRemoved,
+    EngineSpec,
+    EngineState,
+    EngineUnreachable,
+    Event,
+    Granted,
+    Lease,
+    LeaseAnswered,
+    LeaseDropped,
+    LeaseId,
+    LeaseKey,
+    LeaseParked,
+    LeaseReadopted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseRequested,
+    LeaseStored,
+    LeaseVerdict,
+    Mode,
+    Recovered,
+    Refused,
+    RequestCancelled,
+    RequestId,
+    Role,
+    SupersedeRequested,
+    TenantId,
+    TurnFinished,
+    TurnStarted,
+    Waiting,
+)
+
+Asked = LeaseRequested | SupersedeRequested
+Touched = LeaseRenewed | TurnStarted | TurnFinished
+
+
+@dataclass
+class EngineFacts:
+    """What was told about one engine."""
+
+    spec: EngineSpec
+    since_ms: int
+    draining: bool = False
+    seen: EngineObserved | None = None
+    failing: bool = False
+    blamed_at_ms: int | None = None
+
+
+@dataclass
+class Oracle:
+    """Keeps its own books; `check` compares them with the broker's."""
+
+    settings: BrokerSettings
+    now_ms: int = 0
+    grace_until_ms: int = 0
+    engines: dict[EngineId, EngineFacts] = field(default_factory=dict)
+    first: dict[LeaseId, Lease] = field(default_factory=dict)
+    """Every lease ever granted, as it was granted."""
+    rows: dict[LeaseId, Lease] = field(default_factory=dict)
+    """The journal."""
+    ends: dict[LeaseId, int] = field(default_factory=dict)
+    """When each live lease dies."""
+    ended: dict[LeaseId, tuple[DropReason, int]] = field(default_factory=dict)
+    pending: dict[RequestId, Asked] = field(default_factory=dict)
+    answered: set[RequestId] = field(default_factory=set)
+
+    # ---- following ----
+
+    def follow(self, event: Event, decisions: list[Decision]) -> None:
+        """Take one event and what the broker decided."""
+        self.now_ms = event.now_ms
+        if isinstance(event, LeaseRequested | SupersedeRequested):
+            self.pending[event.request_id] = event
+        if isinstance(event, RequestCancelled):
+            due = self.pending.get(event.request_id)
+            if due is not None and self.deadline_ms(due) > self.now_ms:
+                del self.pending[event.request_id]
+        self._follow_engine(event)
+        for decision in decisions:
+            self._follow_decision(event, decision)
+        self._follow_touch(event, decisions)
+
+    def _follow_engine(self, event: Event) -> None:
+        match event:
+            case EngineConfigured(spec=spec):
+                known = self.engines.setdefault(spec.engine_id, EngineFacts(spec, event.now_ms))
+                known.draining = known.draining or event.draining
+            case EngineRemoved(engine_id=engine_id):
+                self.engines.pop(engine_id, None)
+            case EngineObserved(engine_id=engine_id) if engine_id in self.engines:
+                facts = self.engines[engine_id]
+                again = facts.seen is not None and facts.seen.incarnation == event.incarnation
+                if facts.blamed_at_ms is not None and (not again or event.now_ms > facts.blamed_at_ms):
+                    facts.blamed_at_ms = None
+                facts.seen, facts.failing = event, False
+            case EngineUnreachable(engine_id=engine_id) if engine_id in self.engines:
+                self.engines[engine_id].failing = True
+            case EngineDrained(engine_id=engine_id) if engine_id in self.engines:
+                self.engines[engine_id].draining = event.draining
+            case EngineFailureReported(engine_id=engine_id) if engine_id in self.engines:
+                facts = self.engines[engine_id]
+                if facts.seen is not None and facts.seen.incarnation == event.incarnation:
+                    facts.blamed_at_ms = event.now_ms
+
+    def _follow_decision(self, event: Event, decision: Decision) -> None:
+        match decision:
+            case LeaseStored(lease=lease):
+                self.rows[lease.lease_id] = lease
+            case LeaseDropped(lease=lease, reason=reason):
+                self._check_drop(event, lease, reason)
+                del self.rows[lease.lease_id]
+                self.ends.pop(lease.lease_id)
+                self.ended[lease.lease_id] = (reason, self.now_ms)
+            case Granted(request_id=request_id, lease=lease, reused=reused):
+                asked = self._answer(request_id)
+                assert lease.key == asked.key
+                if reused:
+                    assert lease.lease_id in self.ends, "5: the same key gets its live lease"
+                    self._live_on(lease.lease_id)
+                else:
+                    self._check_grant(asked, lease)
+            case Refused(request_id=request_id):
+                self._answer(request_id)
+            case Waiting(request_id=request_id):
+                assert request_id in self.pending
+
+    def _follow_touch(self, event: Event, decisions: list[Decision]) -> None:
+        said = [decision for decision in decisions if isinstance(decision, LeaseAnswered)]
+        if not isinstance(event, Touched | LeaseParked | LeaseReleased | LeaseReadopted):
+            assert said == []
+            return
+        lease_id = event.lease.lease_id if isinstance(event, LeaseReadopted) else event.lease_id
+        (one,) = said
+        assert one.lease_id == lease_id
+        ok = one.verdict is LeaseVerdict.OK
+        assert (one.lease is not None) is ok
+        if isinstance(event, LeaseReadopted):
+            if ok and lease_id not in self.ends:
+                assert lease_id not in self.ended or self._forgotten(lease_id), "what ended is not re-adopted"
+                assert event.lease.expires_at_ms > self.now_ms, "4: no resurrection"
+                self.ends[lease_id] = max(event.lease.expires_at_ms, self.grace_until_ms)
+            return
+        if isinstance(event, LeaseReleased):
+            assert lease_id not in self.ends
+            return
+        assert ok is (lease_id in self.ends), "4: OK exactly while it lives"
+        if not ok:
+            self._check_verdict(lease_id, one.verdict)
+        elif isinstance(event, LeaseParked):
+            self.ends[lease_id] = min(self.ends[lease_id], self._span(self.settings.park_ttl_ms))
+        elif not (isinstance(event, LeaseRenewed) and one.lease and one.lease.activity is Activity.PARKED):
+            self._live_on(lease_id)
+
+    def restart(self, event: Recovered) -> None:
+        """The broker starts again from the journal: waiting clients and tombstones are lost, engines unknown."""
+        self.now_ms = event.now_ms
+        self.grace_until_ms = event.now_ms + event.grace_ms
+        self.pending.clear()
+        self.ended.clear()
+        self.engines.clear()
+        self.ends = {lease_id: max(lease.expires_at_ms, self.grace_until_ms) for lease_id, lease in self.rows.items()}
+
+    # ---- what must hold of each decision ----
+
+    def _check_grant(self, asked: Asked, lease: Lease) -> None:
+        assert lease.lease_id not in self.first, "ids are new"
+        self.first[lease.lease_id] = lease
+        self.ends[lease.lease_id] = self._span(self.settings.ttl_ms)
+        assert self.ready(lease.decoder.engine_id), "6: draining, stale or restarted engines get no new lease"
+        bound = [lease.decoder] if lease.prefiller is None else [lease.decoder, lease.prefiller]
+        for binding in bound:
+            facts = self.engines[binding.engine_id]
+            assert self.ready(binding.engine_id), "6"
+            assert facts.seen is not None
+            assert (binding.incarnation, binding.url) == (facts.seen.incarnation, facts.spec.url)
+            if isinstance(asked, SupersedeRequested):
+                assert binding.engine_id != asked.failed_engine_id
+        assert (lease.prefiller is None) is (lease.mode is Mode.LOCAL)
+        assert self.engines[lease.decoder.engine_id].spec.role is not Role.PREFILLER
+        if isinstance(asked, SupersedeRequested):
+            assert (lease.epoch, lease.supersedes) == (asked.epoch + 1, asked.lease_id)
+        else:
+            assert (lease.epoch, lease.supersedes) == (1, None)
+
+    def _check_drop(self, event: Event, lease: Lease, reason: DropReason) -> None:
+        lease_id, facts = lease.lease_id, self.engines.get(lease.decoder.engine_id)
+        assert lease_id in self.ends
+        match reason:
+            case DropReason.EXPIRED:
+                assert self.ends[lease_id] <= self.now_ms, "4: never expired before its TTL"
+                assert self.now_ms >= self.grace_until_ms, "7: nothing expires inside the grace"
+            case DropReason.RELEASED:
+                assert isinstance(event, LeaseReleased)
+                assert event.lease_id == lease_id
+            case DropReason.SUPERSEDED:
+                assert self.ends[lease_id] > self.now_ms
+            case DropReason.ENGINE_RESTARTED:
+                assert facts is not None
+                assert facts.seen is not None
+                assert facts.seen.incarnation != lease.decoder.incarnation
+            case DropReason.ENGINE_GONE:
+                assert facts is not None
+                assert self.gone(facts)
+            case DropReason.ENGINE_REMOVED:
+                assert isinstance(event, EngineRemoved)
+                assert event.engine_id == lease.decoder.engine_id
+
+    def _check_verdict(self, lease_id: LeaseId, verdict: LeaseVerdict) -> None:
+        if lease_id not in self.ended or self._forgotten(lease_id):
+            return
+        reason = self.ended[lease_id][0]
+        if reason in {DropReason.EXPIRED, DropReason.RELEASED}:
+            assert verdict is LeaseVerdict.UNKNOWN
+        elif reason is DropReason.SUPERSEDED:
+            assert verdict is LeaseVerdict.SUPERSEDED
+        else:
+            assert verdict is LeaseVerdict.ENGINE_LOST
+
+    def _forgotten(self, lease_id: LeaseId) -> bool:
+        """Whether the broker may have forgotten this end: bounded in number and in time."""
+        younger = list(self.ended)[list(self.ended).index(lease_id) :]
+        old = self.now_ms >= self.ended[lease_id][1] + 2 * self.settings.ttl_ms
+        return old or len(younger) > self.settings.leases_max
+
+    def _answer(self, request_id: RequestId) -> Asked:
+        assert request_id not in self.answered, "answered once"
+        self.answered.add(request_id)
+        return self.pending.pop(request_id)
+
+    # ---- what must hold always ----
+
+    def check(self, broker: Broker) -> None:
+        """Compare the books."""
+        live = {lease.lease_id: lease for lease in broker.leases()}
+        assert {lease_id: lease.expires_at_ms for lease_id, lease in live.items()} == self.ends, "4"
+        assert all(at_ms > self.now_ms for at_ms in self.ends.values()), "4"
+        assert len({lease.key for lease in live.values()}) == len(live) == broker.lease_count(), "5"
+        for lease in live.values():
+            self._check_live(broker, lease)
+        self._check_ledger(broker, live)
+        forever = {lease_id: replace(lease, expires_at_ms=self.ends[lease_id]) for lease_id, lease in self.rows.items()}
+        assert forever == live, "8: the journal is the live state"
+        assert broker.lease_count() <= self.settings.leases_max, "9"
+        assert broker.waiting() == len(self.pending) <= self.settings.queue_max, "9"
+        assert broker.next_deadline_ms() == self.next_deadline_ms()
+        self._check_nobody_waits_in_vain(broker)
+
+    def _check_live(self, broker: Broker, lease: Lease) -> None:
+        origin = self.first[lease.lease_id]
+        same = ("key", "epoch", "mode", "prefiller", "decoder", "granted_at_ms", "ttl_ms", "supersedes", "receipt")
+        for name in same:
+            assert getattr(lease, name) == getattr(origin, name), "1: a lease's engines never change"
+        assert lease.migrations <= (1 if lease.mode is Mode.MIGRATE else 0), "2"
+        assert broker.live_lease_of(lease.key) == broker.lease(lease.lease_id) == lease
+        facts = self.engines.get(lease.decoder.engine_id)
+        if facts is not None and facts.seen is not None:
+            assert facts.seen.incarnation == lease.decoder.incarnation, "leases of a restarted decoder are dropped"
+        assert facts is None or not self.gone(facts), "leases of a gone decoder are dropped"
+
+    def _check_ledger(self, broker: Broker, live: dict[LeaseId, Lease]) -> None:
+        for view in broker.engines():
+            here = [lease for lease in live.values() if lease.decoder.engine_id == view.engine_id]
+            assert view.kv_leased_tokens == sum(lease.ledger_tokens for lease in here), "3"
+            assert view.kv_holding_tokens == sum(lease.ledger_tokens for lease in here if lease.hold_ms), "3"
+            assert (view.leases, view.busy) == (len(here), sum(each.activity is Activity.BUSY for each in here)), "3"
+            assert view.backlog_tokens >= 0
+            assert live or view.backlog_tokens == 0
+            if view.state is EngineState.READY:
+                assert self.ready(view.engine_id, stale_too=True)
+            facts = self.engines[view.engine_id]
+            assert (view.state is EngineState.GONE) is self.gone(facts)
+
+    def _check_nobody_waits_in_vain(self, broker: Broker) -> None:
+        heads: dict[tuple[TenantId, str], Asked] = {}
+        for asked in self.pending.values():
+            assert self.deadline_ms(asked) > self.now_ms, "refused exactly at its deadline"
+            heads.setdefault((asked.key.tenant, asked.key.model), asked)
+        views = {view.engine_id: view for view in broker.engines()}
+        watermark_ppm = self.settings.placement.kv_watermark_ppm
+        for asked in heads.values():
+            for engine_id, facts in self.engines.items():
+                view = views[engine_id]
+                if facts.spec.role is Role.PREFILLER or not self.ready(engine_id):
+                    continue
+                if isinstance(asked, SupersedeRequested) and asked.failed_engine_id == engine_id:
+                    continue
+                used = max(view.kv_leased_tokens, view.kv_used_tokens) + asked.first_turn_input_tokens
+                assert used * 1_000_000 > watermark_ppm * view.kv_capacity_tokens, f"{asked} fits on {engine_id}"
+
+    # ---- own knowledge ----
+
+    def ready(self, engine_id: EngineId, *, stale_too: bool = False) -> bool:
+        """Whether this engine may get leases now."""
+        facts = self.engines.get(engine_id)
+        if facts is None or facts.seen is None or facts.draining or facts.blamed_at_ms is not None:
+            return False
+        age_ms = self.now_ms - facts.seen.now_ms
+        suspect = facts.failing and age_ms >= self.settings.suspect_after_ms
+        return not suspect and (stale_too or age_ms <= self.settings.observation_max_age_ms)
+
+    def gone(self, facts: EngineFacts) -> bool:
+        """Whether the engine has failed for too long."""
+        return facts.failing and self.now_ms >= self._gone_at_ms(facts)
+
+    def _gone_at_ms(self, facts: EngineFacts) -> int:
+        since_ms = facts.since_ms if facts.seen is None else facts.seen.now_ms
+        gone_at_ms = since_ms + self.settings.gone_after_ms
+        return max(gone_at_ms, self.grace_until_ms) if facts.seen is None else gone_at_ms
+
+    def deadline_ms(self, asked: Asked) -> int:
+        """When the broker must have refused this request."""
+        return min(asked.deadline_at_ms, asked.now_ms + self.settings.wait_max_ms)
+
+    def next_deadline_ms(self) -> int | None:
+        """When something happens by itself."""
+        deadlines = [*self.ends.values(), *(self.deadline_ms(asked) for asked in self.pending.values())]
+        for facts in self.engines.values():
+            if facts.failing:
+                deadlines.append(self._gone_at_ms(facts))
+                if facts.seen is not None and facts.blamed_at_ms is None:
+                    deadlines.append(facts.seen.now_ms + self.settings.suspect_after_ms)
+        return min((at_ms for at_ms in deadlines if at_ms > self.now_ms), default=None)
+
+    def key_of(self, lease_id: LeaseId) -> LeaseKey:
+        """Whose lease it was."""
+        return self.first[lease_id].key
+
+    def _span(self, span_ms: int) -> int:
+        return max(self.now_ms + span_ms, self.grace_until_ms)
+
+    def _live_on(self, lease_id: LeaseId) -> None:
+        self.ends[lease_id] = max(self.ends[lease_id], self._span(self.settings.ttl_ms))

@@ -1,0 +1,327 @@
+"""The broker under arbitrary histories: an oracle checks the ten invariants after every step.
+
+Time is whole milliseconds, and one rule lands exactly on, just before or just after the next deadline: boundaries are
+met on purpose, not by luck. A twin whose engines were configured in the opposite order must decide the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from conserve_sdk.core import (
+    AFFINITY,
+    DEFAULT,
+    PAPER,
+    Broker,
+    BrokerSettings,
+    Decision,
+    EngineConfigured,
+    EngineDrained,
+    EngineFailureReported,
+    EngineId,
+    EngineRemoved,
+    EngineSpec,
+    EngineUnreachable,
+    Event,
+    Incarnation,
+    Lease,
+    LeaseId,
+    LeaseParked,
+    LeaseReadopted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseRequested,
+    Ms,
+    PlacementSettings,
+    Recovered,
+    RequestCancelled,
+    RequestId,
+    Role,
+    SupersedeRequested,
+    TimerFired,
+    Tokens,
+    TurnFinished,
+    TurnStarted,
+)
+from tests.core.oracle import Oracle
+from tests.core.world import key, observed, spec
+
+FLEET = [spec("b0", Role.BOTH), spec("d0"), spec("d1"), spec("p0", Role.PREFILLER), spec("p1", Role.PREFILLER)]
+ENGINES = st.sampled_from([each.engine_id for each in FLEET])
+CONVERSATIONS = st.sampled_from(["c0", "c1", "c2", "c3", "c4"])
+TENANTS = st.sampled_from(["t", "t", "u"])
+SIZES = st.sampled_from([100, 300, 500, 890, 891, 1_000])
+PATIENCE = st.sampled_from([0, 500, 500, 4_000])
+CHOICE = st.integers(0, 1_000)
+
+
+def broker_settings(placement: PlacementSettings) -> BrokerSettings:
+    return BrokerSettings(
+        placement=placement,
+        ttl_ms=Ms(1_000),
+        park_ttl_ms=Ms(100),
+        hold_ms=Ms(400),
+        suspect_after_ms=Ms(300),
+        gone_after_ms=Ms(1_500),
+        observation_max_age_ms=Ms(2_000),
+        leases_max=6,
+        leases_per_tenant_max=5,
+        queue_max=4,
+        wait_max_ms=Ms(3_000),
+        backlog_max_age_ms=Ms(700),
+    )
+
+
+class BrokerMachine(RuleBasedStateMachine):
+    """Everything that clients, engines, operators and the clock can do."""
+
+    @initialize(placement=st.sampled_from([PAPER, DEFAULT, DEFAULT, AFFINITY]))
+    def start(self, placement: PlacementSettings) -> None:
+        self.now_ms = 0
+        self.serial = 0
+        self.settings = broker_settings(placement)
+        self.oracle = Oracle(self.settings)
+        self.broker, self.twin = Broker(self.settings), Broker(self.settings)
+        self._configure(FLEET)
+        for each in FLEET:
+            self._see(each.engine_id)
+
+    # ---- clients ----
+
+    @rule(conversation=CONVERSATIONS, tenant=TENANTS, tokens=SIZES, wait_ms=PATIENCE, hint=st.none() | ENGINES)
+    def request(self, conversation: str, tenant: str, tokens: int, wait_ms: int, hint: EngineId | None) -> None:
+        self.serial += 1
+        self._apply(
+            LeaseRequested(
+                now_ms=Ms(self.now_ms),
+                request_id=RequestId(f"r{self.serial}"),
+                lease_id=LeaseId(f"l{self.serial}"),
+                key=key(conversation, tenant=tenant),
+                first_turn_input_tokens=Tokens(tokens),
+                first_turn_input_bytes=0,
+                deadline_at_ms=Ms(self.now_ms + wait_ms),
+                hint=hint,
+            )
+        )
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(
+        pick=CHOICE,
+        live=st.booleans(),
+        ahead=st.sampled_from([0, 0, 0, -1, 1]),
+        tokens=SIZES,
+        wait_ms=PATIENCE,
+        failed=st.none() | ENGINES,
+    )
+    def supersede(self, pick: int, live: bool, ahead: int, tokens: int, wait_ms: int, failed: EngineId | None) -> None:
+        lease = self._pick(pick, live=live)
+        self.serial += 1
+        self._apply(
+            SupersedeRequested(
+                now_ms=Ms(self.now_ms),
+                request_id=RequestId(f"r{self.serial}"),
+                lease_id=lease.lease_id,
+                new_lease_id=LeaseId(f"l{self.serial}"),
+                key=lease.key,
+                epoch=lease.epoch + ahead,
+                reason="engine failed",
+                first_turn_input_tokens=Tokens(tokens),
+                first_turn_input_bytes=0,
+                deadline_at_ms=Ms(self.now_ms + wait_ms),
+                failed_engine_id=failed,
+            )
+        )
+
+    @precondition(lambda self: self.oracle.pending)
+    @rule(pick=CHOICE)
+    def cancel(self, pick: int) -> None:
+        waiting = list(self.oracle.pending)
+        self._apply(RequestCancelled(now_ms=Ms(self.now_ms), request_id=waiting[pick % len(waiting)]))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE, live=st.booleans())
+    def renew(self, pick: int, live: bool) -> None:
+        self._apply(LeaseRenewed(now_ms=Ms(self.now_ms), lease_id=self._pick(pick, live=live).lease_id))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE, tokens=SIZES)
+    def begin_turn(self, pick: int, tokens: int) -> None:
+        lease_id = self._pick(pick).lease_id
+        self._apply(TurnStarted(now_ms=Ms(self.now_ms), lease_id=lease_id, input_tokens=Tokens(tokens)))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(
+        pick=CHOICE, context=st.just(0) | SIZES, migrated=st.booleans(), idle=st.booleans(), took_ms=st.integers(0, 90)
+    )
+    def end_turn(self, pick: int, context: int, migrated: bool, idle: bool, took_ms: int) -> None:
+        lease = self._pick(pick)
+        self._apply(
+            TurnFinished(
+                now_ms=Ms(self.now_ms),
+                lease_id=lease.lease_id,
+                context_tokens=Tokens(context),
+                prompt_tokens=Tokens(context),
+                prompt_bytes=4 * context,
+                cached_tokens=Tokens(0),
+                prefill_ms=Ms(took_ms),
+                prefill_engine_id=(lease.prefiller or lease.decoder).engine_id,
+                migrated=migrated,
+                idle=idle,
+            )
+        )
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE)
+    def park(self, pick: int) -> None:
+        self._apply(LeaseParked(now_ms=Ms(self.now_ms), lease_id=self._pick(pick).lease_id))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE)
+    def release(self, pick: int) -> None:
+        self._apply(LeaseReleased(now_ms=Ms(self.now_ms), lease_id=self._pick(pick).lease_id))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE, live=st.booleans(), left_ms=st.sampled_from([0, 1, 900]))
+    def readopt(self, pick: int, live: bool, left_ms: int) -> None:
+        lease = self._pick(pick, live=live)
+        self._apply(
+            LeaseReadopted(now_ms=Ms(self.now_ms), lease=replace(lease, expires_at_ms=Ms(self.now_ms + left_ms)))
+        )
+
+    # ---- engines and operators ----
+
+    @rule(engine_id=ENGINES, used=st.sampled_from([0, 0, 400, 1_000]), again=st.sampled_from([True, True, False]))
+    def observe(self, engine_id: EngineId, used: int, again: bool) -> None:
+        self._see(engine_id, used=used, again=again)
+
+    @rule()
+    def observe_all(self) -> None:
+        for engine_id in sorted(self.oracle.engines):
+            self._see(engine_id)
+
+    @rule(engine_id=ENGINES)
+    def fail(self, engine_id: EngineId) -> None:
+        self._apply(EngineUnreachable(now_ms=Ms(self.now_ms), engine_id=engine_id, detail="refused"))
+
+    @rule(engine_id=ENGINES, current=st.booleans())
+    def blame(self, engine_id: EngineId, current: bool) -> None:
+        incarnation = self._incarnation(engine_id) if current else Incarnation("old")
+        self._apply(
+            EngineFailureReported(
+                now_ms=Ms(self.now_ms), engine_id=engine_id, incarnation=incarnation, detail="refused"
+            )
+        )
+
+    @rule(engine_id=ENGINES, draining=st.booleans())
+    def drain(self, engine_id: EngineId, draining: bool) -> None:
+        self._apply(EngineDrained(now_ms=Ms(self.now_ms), engine_id=engine_id, draining=draining))
+
+    @rule(engine_id=ENGINES)
+    def remove(self, engine_id: EngineId) -> None:
+        self._apply(EngineRemoved(now_ms=Ms(self.now_ms), engine_id=engine_id))
+
+    @rule()
+    def configure_all(self) -> None:
+        self._configure([each for each in FLEET if each.engine_id not in self.oracle.engines])
+
+    # ---- time and restarts ----
+
+    @rule(span_ms=st.integers(0, 400))
+    def wait(self, span_ms: int) -> None:
+        self._at(self.now_ms + span_ms)
+
+    @precondition(lambda self: self.broker.next_deadline_ms() is not None)
+    @rule(late_ms=st.sampled_from([-1, 0, 1]))
+    def wait_for_next_deadline(self, late_ms: int) -> None:
+        deadline_ms = self.broker.next_deadline_ms()
+        assert deadline_ms is not None
+        self._at(max(self.now_ms, deadline_ms + late_ms))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE, late_ms=st.sampled_from([-1, 0, 1]))
+    def renew_around_expiry(self, pick: int, late_ms: int) -> None:
+        lease = self._pick(pick, live=True)
+        self.now_ms = max(self.now_ms, self.oracle.ends.get(lease.lease_id, 0) + late_ms)
+        self._apply(LeaseRenewed(now_ms=Ms(self.now_ms), lease_id=lease.lease_id))
+
+    @rule(grace_ms=st.sampled_from([0, 300, 1_500]))
+    def restart(self, grace_ms: int) -> None:
+        """Kill the broker and recover from what the journal holds (invariants 7 and 8)."""
+        rows = tuple(self.oracle.rows.values())
+        self.broker, self.twin = Broker(self.settings), Broker(self.settings)
+        event = Recovered(now_ms=Ms(self.now_ms), leases=rows, grace_ms=Ms(grace_ms))
+        assert self.broker.apply(event) == []
+        assert self.twin.apply(replace(event, leases=rows[::-1])) == []
+        self.oracle.restart(event)
+        self._configure(FLEET)
+
+    # ---- checks ----
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        self.oracle.check(self.broker)
+
+    def teardown(self) -> None:
+        """In the end everyone leaves, and nothing is left in any ledger."""
+        if not hasattr(self, "broker"):
+            return
+        self._at(self.now_ms + 100_000)
+        assert self.broker.lease_count() == self.broker.waiting() == 0
+        assert all(view.kv_leased_tokens == view.backlog_tokens == 0 for view in self.broker.engines())
+
+    # ---- inside ----
+
+    def _apply(self, event: Event) -> None:
+        decisions = self.broker.apply(event)
+        assert self.twin.apply(event) == decisions, "10: the order of engines does not matter"
+        self.oracle.follow(event, decisions)
+
+    def _at(self, now_ms: int) -> None:
+        self.now_ms = now_ms
+        self._apply(TimerFired(now_ms=Ms(now_ms)))
+
+    def _configure(self, specs: list[EngineSpec]) -> None:
+        events = [EngineConfigured(now_ms=Ms(self.now_ms), spec=each) for each in specs]
+        for event in events:
+            self.oracle.follow(event, self._without_grants(self.broker.apply(event)))
+        for event in reversed(events):
+            self.twin.apply(event)
+
+    def _without_grants(self, decisions: list[Decision]) -> list[Decision]:
+        assert decisions == [], "an engine that was never observed changes nothing for anyone"
+        return decisions
+
+    def _see(self, engine_id: EngineId, *, used: int = 0, again: bool = True) -> None:
+        incarnation = self._incarnation(engine_id)
+        if not again:
+            self.serial += 1
+            incarnation = Incarnation(f"i{self.serial}")
+        self._apply(
+            observed(
+                engine_id,
+                self.now_ms,
+                incarnation=incarnation,
+                kv_capacity_tokens=Tokens(1_000),
+                kv_used_tokens=Tokens(used),
+                running=used // 400,
+            )
+        )
+
+    def _incarnation(self, engine_id: EngineId) -> Incarnation:
+        facts = self.oracle.engines.get(engine_id)
+        return Incarnation("i1") if facts is None or facts.seen is None else facts.seen.incarnation
+
+    def _pick(self, pick: int, *, live: bool = True) -> Lease:
+        """A live lease if asked for and there is one, else any that ever was."""
+        known = [lease for lease in self.oracle.first.values() if not live or lease.lease_id in self.oracle.ends]
+        known = known or list(self.oracle.first.values())
+        lease = known[pick % len(known)]
+        return self.broker.lease(lease.lease_id) or lease
+
+
+BrokerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
+TestBroker = BrokerMachine.TestCase
