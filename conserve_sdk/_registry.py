@@ -97,13 +97,14 @@ class _Entry:
     turns: int = 0
     in_flight: int = 0
     loop_arrived_at_ms: int | None = None
+    waits_for_tools: bool = False
     used_at_ms: int = 0
 
     def is_live(self, now_ms: int) -> bool:
         return self.grant is not None and not self.lost and now_ms < self.expires_at_ms
 
     def is_in_use(self) -> bool:
-        return self.in_flight > 0 or self.loop_arrived_at_ms is not None
+        return self.in_flight > 0 or self.waits_for_tools
 
 
 @dataclass(slots=True)
@@ -211,14 +212,15 @@ class LeaseRegistry:
             self._in_use[ref] = None
             return TurnSlot(entry.turns, entry.loop_arrived_at_ms)
 
-    def end_turn(self, ref: LeaseRef, *, now_ms: int, loop_goes_on: bool) -> None:
+    def end_turn(self, ref: LeaseRef, *, now_ms: int, loop_goes_on: bool, waits_for_tools: bool | None = None) -> None:
         """End a turn.
 
         Args:
             ref: the entry.
             now_ms: when it ended.
-            loop_goes_on: it ended in tool calls (or failed and will be tried again), so another turn follows and the
-                lease is renewed meanwhile. Else it is left to its time: KV is never held for a human.
+            loop_goes_on: it ended in tool calls, or failed and may be tried again: the next turn belongs to its loop.
+            waits_for_tools: the lease is renewed until the next turn; `loop_goes_on` when None. Else the lease is left
+                to its time: KV is held neither for a human nor for an application that may have gone.
         """
         with self._lock:
             entry = self._entries.get(ref)
@@ -228,6 +230,7 @@ class LeaseRegistry:
             entry.used_at_ms = max(entry.used_at_ms, now_ms)
             if not loop_goes_on:
                 entry.loop_arrived_at_ms = None
+            entry.waits_for_tools = loop_goes_on if waits_for_tools is None else waits_for_tools
             if not entry.is_in_use():
                 self._in_use.pop(ref, None)
 

@@ -131,7 +131,9 @@ class ActiveTurn:
         failure = self._failure(error, facts)
         idle = self._kit.turn_ends(self.ref)
         goes_on = bool(failure) or facts.calls_tools
-        self._kit.registry.end_turn(self.ref, now_ms=now_us // 1000, loop_goes_on=goes_on)
+        self._kit.registry.end_turn(
+            self.ref, now_ms=now_us // 1000, loop_goes_on=goes_on, waits_for_tools=facts.calls_tools
+        )
         if facts.response_id and not failure:
             self._kit.book.commit(self.match, self.digest, response_id=facts.response_id)
         if self.lease is not None:

@@ -211,6 +211,14 @@ class TestRenewals:
         assert registry.due_renewals(now_ms=31_000) == []
         assert registry.next_renewal_ms(now_ms=31_000) is None
 
+    def test_a_failed_turn_keeps_its_loop_but_is_not_renewed(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        registry.begin_turn(REF, arrived_at_ms=100)
+        registry.end_turn(REF, now_ms=200, loop_goes_on=True, waits_for_tools=False)
+        assert registry.next_renewal_ms(now_ms=200) is None
+        assert registry.begin_turn(REF, arrived_at_ms=300) == (2, 100)
+        assert registry.next_renewal_ms(now_ms=300) == 20_000
+
     def test_two_turns_at_once_both_have_to_end(self, registry) -> None:
         registry.store(REF, grant(), sent_at_ms=0)
         for _ in range(2):
