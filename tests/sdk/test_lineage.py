@@ -197,6 +197,7 @@ class TestResponses:
                 assert match.continued
                 assert match.anonymous == first.anonymous
             assert book.match(conversation, whole).lineage == first.lineage  # its head was not replaced by a part
+            assert not book.match(conversation, part).extends  # and a part alone is no prefix of anything
 
     def test_an_unknown_or_foreign_predecessor_counts_by_content(self) -> None:
         book = LineageBook()
@@ -254,6 +255,12 @@ class TestBounds:
         book.commit(LineageMatch(**{**_fields(first), "lineage": LineageId("two")}), digest)
         assert not book.match(None, chat(said("a"))).extends
         assert book.match(None, digest).conversation_id == first.conversation_id
+
+    def test_a_growing_anonymous_conversation_is_indexed_by_its_last_prompt_only(self) -> None:
+        book = LineageBook()
+        for length in range(1, 6):
+            serve(book, None, chat(*map(said, "abcde"[:length])))
+        assert len(book._anonymous_ends) == 1
 
     def test_anonymous_strangers_do_not_share_a_conversation(self) -> None:
         book = LineageBook()
