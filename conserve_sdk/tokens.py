@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import hmac
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ TOKEN_CHARS_MAX = 4096
 SECRET_BYTES_MIN = 32
 """HS256 wants a key at least as long as its digest (RFC 7518 section 3.2)."""
 
+_REMEMBERED_MAX = 8_192
+"""About 16 MB of tokens and claims at most."""
 _ISSUER = "conserve"
 _VERSION = 1
 
@@ -153,6 +156,8 @@ def claims_of(lease: Lease, *, exp_ms: Ms) -> LeaseClaims:
 class TokenSigner:
     """Signs with the first key, accepts every key: put a new key first, keep the old one for a token's life.
 
+    Tokens that were checked lately are remembered, as every lease shows its token again and again.
+
     Args:
         keys: at least one key, kids all different.
 
@@ -168,6 +173,7 @@ class TokenSigner:
             raise ValueError("two signing keys have the same kid; give each its own")
         self._current = keys[0]
         self._header = _encode({"alg": "HS256", "kid": self._current.kid, "typ": "JWT"})
+        self._checked: OrderedDict[str, LeaseClaims] = OrderedDict()
 
     def sign(self, claims: LeaseClaims) -> str:
         """The token that says `claims`.
@@ -191,15 +197,22 @@ class TokenSigner:
             TokenInvalid: not a token of ours.
             TokenExpired: of ours, but over at `now_ms`; carries the claims.
         """
+        claims = self._checked.get(token)
+        if claims is None:
+            claims = self._checked[token] = self._check(token)
+            if len(self._checked) > _REMEMBERED_MAX:
+                self._checked.popitem(last=False)
+        if now_ms >= claims.exp_ms:
+            raise TokenExpired(claims, now_ms=now_ms)
+        return claims
+
+    def _check(self, token: str) -> LeaseClaims:
         header, payload, signature = _split(token)
         key = self._key_of(header)
         # Compared as text: base64 has spare bits, so several texts decode to one signature; only ours is accepted.
         if not hmac.compare_digest(_signature(key, f"{header}.{payload}"), signature):
             raise TokenInvalid("the token's signature does not match: it was forged, cut or changed")
-        claims = _claims(_decode(payload))
-        if now_ms >= claims.exp_ms:
-            raise TokenExpired(claims, now_ms=now_ms)
-        return claims
+        return _claims(_decode(payload))
 
     def _key_of(self, header: str) -> SigningKey:
         if header == self._header:

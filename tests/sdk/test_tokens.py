@@ -261,6 +261,19 @@ def test_engines_that_the_lease_binds() -> None:
     assert not dataclasses.replace(CLAIMS, prefiller=None).names_engine("p0")
 
 
+def test_what_was_checked_once_still_ends_and_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conserve_sdk.tokens._REMEMBERED_MAX", 2)
+    signer = TokenSigner([NEW])
+    tokens = [signer.sign(dataclasses.replace(CLAIMS, turns=turns)) for turns in range(4)]
+    for _ in range(2):
+        assert [signer.verify(token, now_ms=BEFORE).turns for token in tokens] == [0, 1, 2, 3]
+    assert len(signer._checked) == 2
+    with pytest.raises(TokenExpired):
+        signer.verify(tokens[-1], now_ms=CLAIMS.exp_ms)
+    with pytest.raises(TokenInvalid):
+        signer.verify(tokens[-1] + "A", now_ms=BEFORE)
+
+
 def test_another_jwt_library_agrees() -> None:
     jwt = pytest.importorskip("jwt")
     options = {"verify_exp": False}
