@@ -65,7 +65,7 @@ def _demo(
     serve: Annotated[
         bool, typer.Option("--serve", help="Keep broker and emulated fleet up for your own agent.")
     ] = False,
-    preset: Annotated[Preset, typer.Option(help="Placement of the demo's own run.")] = Preset.DEFAULT,
+    preset: Annotated[Preset | None, typer.Option(help="Placement. Default: default; vLLM paper.")] = None,
     seed: Seed = 1,
     compare: Annotated[bool, typer.Option(help="Run the workload per turn and with affinity too.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Broker's port with --serve.")] = 7070,
@@ -83,7 +83,7 @@ def _demo(
     settings = demo_settings(
         engine.value,
         conversations=conversations,
-        preset=preset.value,
+        preset=preset.value if preset else None,
         seed=seed,
         plain=plain or not console.is_terminal,
         comparisons=compare,

@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, AnyMessage
 from langchain_core.runnables import Runnable
 
 from conserve_lab.demo.agent import AgentRun
+from conserve_lab.demo.scripted import must_call
 
 _ASKED_AT_ONCE = 2
 
@@ -50,8 +51,8 @@ async def compare_with_reference(
     async def verdict(run: AgentRun, position: int) -> str:
         given = run.messages[position]
         assert isinstance(given, AIMessage)
-        reference = caller if given.tool_calls else speaker
         history = list(run.messages[:position])
+        reference = caller if must_call(history, turns=run.task.turns) else speaker
         async with gate:
             first = await reference.ainvoke(history)
             if _content(first) == _content(given):

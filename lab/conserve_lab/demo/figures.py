@@ -74,6 +74,8 @@ def figures(seen: Observation) -> dict[str, Any]:
         "engine": seen.engine,
         "preset": seen.preset,
         "conversations": len(seen.runs),
+        "tool_calls": sum(run.tool_calls for run in seen.runs),
+        "tool_errors": sum(run.tool_errors for run in seen.runs),
         "turns": len(seen.records),
         "leases": seen.broker_grants,
         "leases_migrated": len(migrated),
@@ -122,6 +124,9 @@ def audit(seen: Observation) -> list[str]:
     prompt_tokens = sum(record.prompt_tokens for record in records)
     problems += _differ("prompt tokens: usage says {}, the decoders {}", prompt_tokens, decoders.prompt_tokens)
     problems += _differ("failed transfers: expected {}, the engines saw {}", 0, decoders.failed_transfers)
+    if seen.engine == "vllm":
+        planned = sum(run.task.turns for run in seen.runs)
+        problems += _differ("turns: {} were to be, the agents took {}; a call was no valid call", planned, len(records))
     if seen.variant is Variant.CONSERVE:
         problems += _differ("prefills of first turns: {} of {} in all", first_prefills, prefills)
         problems += _differ("migrations: the SDK saw {}, the broker {}", migrated, seen.broker_migrations)

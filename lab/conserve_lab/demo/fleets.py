@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 from conserve_lab.demo.errors import DemoError
 from conserve_lab.demo.figures import Variant
 from conserve_lab.demo.fleet_process import FleetProcess, FleetProcessError
+from conserve_lab.demo.plain_http import plain_client
 from conserve_lab.demo.settings import DemoSettings, EngineKind
 from conserve_lab.emulator import FleetConfig, fleet_of
 from conserve_lab.vllm import FleetOptions, VllmError, VllmFleet
@@ -23,6 +24,7 @@ BOTH: Mapping[str, Any] = {"role": "both", "max_num_batched_tokens": 2_048, "lon
 """Chunk sizes by role. Engines that do both get vLLM's long-prefill threshold: affinity at its best."""
 
 PREFILLERS, DECODERS = 2, 3
+_TOKENIZE_BUDGET_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +35,14 @@ class RunningFleet:
         model: name to ask for.
         urls: base URL by engine id.
         broker_engines: entries for the broker's `engine` table.
-        eos_token_id: of a model whose tool calls must be ended by a bias; else None.
+        call_bias: `logit_bias` of tool calls, for a random model that would not end them; None: it needs none.
     """
 
     kind: EngineKind
     model: str
     urls: Mapping[str, str]
     broker_engines: tuple[Mapping[str, Any], ...]
-    eos_token_id: int | None = None
+    call_bias: Mapping[str, int] | None = None
 
     @property
     def prefiller_ids(self) -> frozenset[str]:
@@ -151,5 +153,13 @@ class VllmSource:
             model=self._fleet.model,
             urls={str(entry["id"]): str(entry["url"]) for entry in entries},
             broker_engines=tuple(entries),
-            eos_token_id=self._fleet.eos_token_id,
+            call_bias=self._call_bias(),
         )
+
+    def _call_bias(self) -> dict[str, int]:
+        """Favour the end, forbid blanks: JSON allows them between all its parts, and a random model loves them."""
+        engine = self._fleet.engines[EngineId("a0")]
+        with plain_client(_TOKENIZE_BUDGET_S) as client:
+            body = {"model": self._fleet.model, "prompt": "\t\n\r ", "add_special_tokens": False}
+            blanks = client.post(f"{engine.url}/tokenize", json=body).raise_for_status().json()["tokens"]
+        return {str(self._fleet.eos_token_id): 100} | {str(token): -100 for token in blanks}

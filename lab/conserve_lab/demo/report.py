@@ -39,6 +39,7 @@ def _ms(value: Mapping[str, float | None]) -> str:
 _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("conversations", "conversations", _whole),
     ("turns", "turns", _whole),
+    ("tool calls", "tool_calls", _whole),
     ("leases", "leases", _whole),
     ("leases that migrated", "leases_migrated", _whole),
     ("KV transfers (engines' counters)", "migrations", _whole),

@@ -107,15 +107,21 @@ def _judge(found: Figures, equality: Equality | None) -> None:
 
 def _equality(source: FleetSource, outcome: Outcome, settings: DemoSettings) -> Equality | None:
     """Compare with the reference server, where there is one."""
-    if source.reference_url is None or outcome.fleet.eos_token_id is None:
+    if source.reference_url is None or outcome.fleet.call_bias is None:
         return None
-    model = ChatOpenAI(model=outcome.fleet.model, base_url=f"{source.reference_url}/v1", api_key=SecretStr("EMPTY"))
+    # Streamed like the agents' own calls: vLLM parses a call that was cut off differently when it streams.
+    model = ChatOpenAI(
+        model=outcome.fleet.model,
+        base_url=f"{source.reference_url}/v1",
+        api_key=SecretStr("EMPTY"),
+        streaming=True,
+    )
     with tempfile.TemporaryDirectory(prefix="conserve-demo-") as folder:
         tools = Toolbox(Workspace(Path(folder) / "w", seed=0)).tools()  # their schemas are all that is needed
     return asyncio.run(
         compare_with_reference(
             [run for run in outcome.runs if not run.error],
-            caller=calling(model, tools, eos_token_id=outcome.fleet.eos_token_id),
+            caller=calling(model, tools, call_bias=outcome.fleet.call_bias),
             speaker=answering(model, tools, answer_tokens=settings.workload.answer_tokens),
         )
     )

@@ -31,6 +31,7 @@ Word = Literal["order", "invoice", "rate", "total", "customer", "refund", "TODO"
 Table = Literal["orders", "customers", "items"]
 Column = Literal["name", "city", "amount"]
 City = Literal["Basel", "Ghent", "Porto", "Turku", "York"]
+Subject = Literal["cause", "repair", "question"]
 Operation = Literal["add", "subtract", "multiply", "divide"]
 Line = Annotated[int, Field(ge=1, le=20)]
 Limit = Annotated[int, Field(ge=1, le=12)]
@@ -116,9 +117,9 @@ class Toolbox:
                     raise ValueError("cannot divide by 0: choose another number")
                 return str(left // right)
 
-    def write_note(self, title: Short, text: Short) -> str:
+    def write_note(self, subject: Subject, text: Short) -> str:
         """Keep a note for later."""
-        return f"kept as {self._workspace.add_note(title, text).name}"
+        return f"kept as {self._workspace.add_note(subject, text).name}"
 
     def _rows(self, query: str, values: tuple[object, ...]) -> list[tuple[object, ...]]:
         with closing(sqlite3.connect(f"file:{self._workspace.database}?mode=ro", uri=True)) as connection:

@@ -136,13 +136,13 @@ def agents_on(fleet: RunningFleet, conserve: ConServe, settings: DemoSettings, f
 
     def agent_for(task: Task) -> Agent:
         tools = Toolbox(Workspace(folder / task.conversation_id, seed=task.seed)).tools()
-        if fleet.eos_token_id is None:
+        if fleet.call_bias is None:
             return build_agent(model.bind_tools(tools), tools)
         node = scripted_node(
             model,
             tools,
             turns=task.turns,
-            eos_token_id=fleet.eos_token_id,
+            call_bias=fleet.call_bias,
             answer_tokens=settings.workload.answer_tokens,
         )
         return build_agent(node, tools)

@@ -50,8 +50,8 @@ class Workspace:
             connection.execute("pragma synchronous = off")  # thrown away with the demo
             _fill(connection, chance)
 
-    def add_note(self, title: str, text: str) -> Path:
-        """Write one note, shortened to a bound; the file's name is a number, whatever the title says.
+    def add_note(self, subject: str, text: str) -> Path:
+        """Write one note, shortened to a bound; the file's name is a number, whatever the subject says.
 
         Raises:
             ValueError: the workspace is full of notes.
@@ -60,7 +60,7 @@ class Workspace:
         if number > NOTES_MAX:
             raise ValueError(f"no room for more than {NOTES_MAX} notes: read the ones you have")
         path = self.notes / f"{number:02}.md"
-        path.write_text(f"# {title[:80]}\n\n{text[:NOTE_CHARS_MAX]}\n", encoding="utf-8")
+        path.write_text(f"# {subject[:80]}\n\n{text[:NOTE_CHARS_MAX]}\n", encoding="utf-8")
         return path
 
 
