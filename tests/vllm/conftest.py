@@ -1,6 +1,6 @@
-"""Real vLLM servers on this machine's CPU, and the protocol spoken to them by hand.
+"""Real vLLM servers on this machine's CPU: the protocol spoken to them by hand (`raw`), and broker and SDK (`stage`).
 
-Nothing here uses the SDK or the broker: these tests say what vLLM itself does, which is what the SDK relies on.
+Tests with `raw` say what vLLM itself does, which is what the SDK relies on; those with `stage` that it may.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -16,6 +18,8 @@ import pytest
 
 from conserve_lab.vllm import EngineCounters, FleetOptions, VllmFleet, VllmMissingError, find_venv
 from conserve_sdk.core.units import Ms, Tokens
+
+from .leased import Stage
 
 REQUIRE_VARIABLE = "CONSERVE_REQUIRE_VLLM"
 SETTLE_BUDGET_S = 30.0
@@ -115,9 +119,11 @@ class RawProtocol:
         for number in range(6):
             self.ask(engine_id, self.body(self.task(f"{tag} {number}", words=2_200), max_tokens=1))
 
-    def settled(self, engine_id: str, check: Callable[[EngineCounters], bool]) -> EngineCounters:
+    def settled(
+        self, engine_id: str, check: Callable[[EngineCounters], bool], *, budget_s: float = SETTLE_BUDGET_S
+    ) -> EngineCounters:
         """Counters once they satisfy a condition: vLLM publishes them a step after the answer."""
-        deadline = time.monotonic() + SETTLE_BUDGET_S
+        deadline = time.monotonic() + budget_s
         while not check(counters := self.fleet.metrics(engine_id)):
             assert time.monotonic() < deadline, f"{engine_id} never got there: {counters}"
             time.sleep(0.05)
@@ -128,3 +134,18 @@ class RawProtocol:
 def raw(fleet: VllmFleet) -> Iterator[RawProtocol]:
     with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
         yield RawProtocol(fleet, http)
+
+
+@pytest.fixture
+def stage(fleet: VllmFleet, raw: RawProtocol, tmp_path: Path) -> Iterator[Stage]:
+    with closing(Stage(fleet, raw, tmp_path)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mended(fleet: VllmFleet) -> Iterator[None]:
+    """Starts again what a test killed."""
+    yield
+    for engine_id in fleet.engines:
+        if not fleet.is_alive(engine_id):
+            fleet.restart(engine_id)
