@@ -129,7 +129,8 @@ def test_a_client_that_leaves_frees_its_blocks(http: httpx2.Client) -> None:
         engine = fleet.engine("d0")
         url = engine.url + "/v1/chat/completions"
         with http.stream("POST", url, json={**BODY, "stream": True, "n": 2}) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: a collected iterator closes the connection
+            next(lines)
             assert engine.kv_used_blocks > 0
         wait_until(lambda: engine.kv_used_blocks == 0)
         with pytest.raises(httpx2.ReadTimeout):
@@ -198,3 +199,19 @@ def test_a_port_in_use_is_an_error_and_leaves_nothing_behind() -> None:
 
 async def _nothing() -> None:
     """Do nothing."""
+
+
+def test_a_broken_engine_fails_its_requests_instead_of_hanging(
+    fleet: EmulatedFleet, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("conserve_lab.engine_model.EngineModel.step", explode)
+    for _ in range(2):
+        answer = chat(fleet, http)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "Internal server error")
+    assert "engine d0 is broken" in caplog.text
+    monkeypatch.undo()
+    fleet.restart("d0")
+    assert chat(fleet, http).status_code == 200

@@ -90,7 +90,9 @@ def test_prefill_then_decode_equals_one_engine(fleet: EmulatedFleet, http: httpx
     assert after["vllm:prompt_tokens_by_source_total/local_compute"] == 0
     assert after["vllm:external_prefix_cache_hits_total"] == prompt_tokens
     assert after["vllm:nixl_xfer_time_seconds_count"] == 1
-    assert after["vllm:nixl_bytes_transferred_sum"] == prompt_tokens * 131_072
+    blocks = -(-prompt_tokens // 16)
+    assert after["vllm:nixl_bytes_transferred_sum"] == blocks * 16 * 131_072
+    assert after["vllm:nixl_num_descriptors_sum"] == blocks
     assert counters(fleet, http, "p0")["vllm:prompt_tokens_by_source_total/local_compute"] == prompt_tokens
 
 
@@ -104,7 +106,7 @@ def test_only_missing_blocks_move(fleet: EmulatedFleet, http: httpx2.Client) -> 
     after = counters(fleet, http, "d0")
     assert after["vllm:prompt_tokens_by_source_total/external_kv_transfer"] == moved
     assert after["vllm:prompt_tokens_by_source_total/local_cache_hit"] == cached
-    assert after["vllm:nixl_bytes_transferred_sum"] == moved * 131_072
+    assert after["vllm:nixl_bytes_transferred_sum"] == -(-moved // 16) * 16 * 131_072
 
 
 def test_forwarded_prompt_token_ids_replace_the_messages(fleet: EmulatedFleet, http: httpx2.Client) -> None:
@@ -189,6 +191,14 @@ def test_several_choices_pull_once(fleet: EmulatedFleet, http: httpx2.Client) ->
     assert after["vllm:nixl_xfer_time_seconds_count"] == 1
     # The siblings compute only what no full block holds.
     assert after["vllm:prompt_tokens_by_source_total/local_compute"] <= 2 * 16
+
+
+def test_each_choice_counts_its_own_end(fleet: EmulatedFleet, http: httpx2.Client) -> None:
+    chat(fleet, http, "d0", n=2, max_tokens=3)
+    chat(fleet, http, "d0", n=2)
+    after = counters(fleet, http, "d0")
+    assert after["vllm:request_success_total/length"] == 2
+    assert after["vllm:request_success_total/stop"] == 2
 
 
 def test_an_engine_without_connector_ignores_the_params(http: httpx2.Client) -> None:

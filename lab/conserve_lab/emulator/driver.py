@@ -87,6 +87,11 @@ class Driver:
             self.hooks.on_finish(stream)
             stream.changed.set()
 
+    def fail_all(self, error: ApiError) -> None:
+        """End every request with an error: the engine is broken."""
+        for request_id in list(self._streams):
+            self.fail(request_id, error)
+
     def wake(self) -> None:
         """Look at the model again: something about it changed from outside."""
         self._wake.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from conserve_lab.emulator.metrics import EngineMetrics
 from conserve_lab.engine_model import EngineModel, EngineRequest, FetchStart, TransferLink
 
 _NEVER_US: Final = 1 << 60
+_LOG = logging.getLogger("conserve_lab.emulator")
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Incarnation:
         self._pulls: dict[str, _Pull] = {}
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._broken = False
 
     # ---- life ----------------------------------------------------------------------------------------------
 
@@ -115,22 +118,24 @@ class Incarnation:
             choices=[Choice(index, answer) for index, answer in enumerate(answers)],
             arrived_us=self.clock_us(),
         )
+        if self._broken:
+            raise internal_error()
         pull = self._accept_pull(generation)
         try:
             self._submit(run, run.choices[0], pull=pull is not None)
         except ValueError as error:
+            self._runs.pop(run.internal_id, None)
             self._give_back(pull)
             raise ApiError(str(error)) from error
         if pull is not None:
             self._pulls[run.internal_id] = pull
-        self._runs[run.internal_id] = run
         return run
 
     def end(self, run: Run) -> None:
         """Forget a request; abort what still runs of it."""
-        self._runs.pop(run.internal_id, None)
         for choice in run.choices:
             sequence_id = _sequence_id(run, choice.index)
+            self._runs.pop(sequence_id, None)
             self.driver.cancel(sequence_id)
             self._give_back(self._pulls.pop(sequence_id, None))
 
@@ -158,6 +163,7 @@ class Incarnation:
 
     def _submit(self, run: Run, choice: Choice, *, pull: bool) -> None:
         generation = run.generation
+        self._runs[_sequence_id(run, choice.index)] = run
         tokens = generation.prompt + choice.answer.token_ids
         choice.stream = self.driver.submit(
             EngineRequest(
@@ -287,20 +293,29 @@ class Incarnation:
         if source is None or peer is not source or source.faults.refuse_transfer:
             raise TransferFailed
         start_us = self.clock_us()
-        done_us = source.link.reserve(fetch.missing_tokens, now_us=start_us)
+        moved_tokens = fetch.missing_blocks * self.config.block_size  # only whole blocks move
+        done_us = source.link.reserve(moved_tokens, now_us=start_us)
         await asyncio.sleep(max(0, done_us - start_us) / 1e6)
         if self._fabric.at(params.host, params.port) is not source or source.faults.refuse_transfer:
             raise TransferFailed
         source.release(params.request_id, state=HoldState.PULLED)
         self.metrics.transfer_s.observe((self.clock_us() - start_us) / 1e6)
         self.metrics.post_s.observe(0.0)
-        self.metrics.transfer_bytes.observe(source.link.cost.bytes_of(fetch.missing_tokens))
+        self.metrics.transfer_bytes.observe(source.link.cost.bytes_of(moved_tokens))
         self.metrics.transfer_descriptors.observe(fetch.missing_blocks)
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        """Forget an ended task; one that failed breaks the engine loudly, for its requests would hang."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            _LOG.error("engine %s is broken", self.config.id, exc_info=problem)
+            self._broken = True
+            self.driver.fail_all(internal_error())
 
 
 def _sequence_id(run: Run, index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Final
 
 from conserve_lab.emulator.kv_params import PullParams, refusal
 from conserve_lab.emulator.language import TokenIds
+from conserve_lab.emulator.language.tokens import new_tokens
 
 _REMEMBERED_MAX: Final = 4096
 
@@ -54,10 +55,6 @@ class HoldLedger:
         while len(self._prompts) > _REMEMBERED_MAX:
             self._prompts.popitem(last=False)
 
-    def get(self, request_id: str) -> HeldPrompt | None:
-        """Return a hold by its internal request id."""
-        return self._prompts.get(request_id)
-
     def claim(self, pull: PullParams, prompt: TokenIds, *, now_us: int) -> HeldPrompt | None:
         """Check a decode leg against what was held and claim it for this leg alone.
 
@@ -78,6 +75,7 @@ class HoldLedger:
             return None
         self._check_blocks(held, pull, prompt)
         held.state = HoldState.CLAIMED
+        held.prompt = new_tokens()  # only an unclaimed hold is compared with anything
         return held
 
     def end(self, request_id: str, state: HoldState, *, now_us: int) -> None:
@@ -85,6 +83,7 @@ class HoldLedger:
         held = self._prompts.get(request_id)
         if held is not None:
             held.state = state
+            held.prompt = new_tokens()
             held.ended_at_us = now_us
 
     def _check_state(self, held: HeldPrompt, *, now_us: int) -> None:
