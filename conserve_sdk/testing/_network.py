@@ -27,6 +27,7 @@ def deny_network(*, allow_loopback: bool = False) -> Iterator[None]:
 
         def connect(self: socket.socket, address: Any) -> Any:
             if self.family in (socket.AF_INET, socket.AF_INET6) and not (allow_loopback and _is_loopback(address[0])):
+                self.close()  # its owner is prepared for OSError only
                 raise AssertionError(f"the network is denied here, but something connects to {address}")
             return real(self, address)
 
