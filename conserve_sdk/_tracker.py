@@ -33,6 +33,8 @@ class TurnFacts:
         first_token_us: instant of the first token, None when none was seen.
         gaps_us: times between the events that carried tokens; empty unless streamed.
         prompt_tokens, completion_tokens, cached_tokens: `usage`; 0 when the engine gave none.
+        computed_tokens: prompt tokens that the engine says it computed and put into its cache, in whole blocks
+            (vLLM 0.32, `PrefillStats.num_cache_creation_tokens`); 0 when it does not say.
         finish_reason: the engine's word (`stop`, `tool_calls`, `length`; `completed` and such for responses).
         tool_names: tools the model called, in order of appearance.
         response_id: the engine's id of the response.
@@ -46,6 +48,7 @@ class TurnFacts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    computed_tokens: int = 0
     finish_reason: str = ""
     tool_names: tuple[str, ...] = ()
     response_id: str = ""
@@ -124,14 +127,16 @@ class TurnTracker:
 
     def facts(self) -> TurnFacts:
         """Everything seen so far."""
-        details = self._usage.get("prompt_tokens_details") or self._usage.get("input_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+        found = self._usage.get("prompt_tokens_details") or self._usage.get("input_tokens_details")
+        details: Mapping[str, Any] = found if isinstance(found, dict) else {}
         return TurnFacts(
             first_token_us=self._first_us if not self._error else None,
             gaps_us=tuple(self._gaps),
             prompt_tokens=_count(self._usage.get("prompt_tokens", self._usage.get("input_tokens"))),
             completion_tokens=_count(self._usage.get("completion_tokens", self._usage.get("output_tokens"))),
-            cached_tokens=_count(cached),
+            cached_tokens=_count(details.get("cached_tokens")),
+            # Chat says the one, responses the other, completions neither.
+            computed_tokens=_count(details.get("created_cache_tokens", details.get("cache_write_tokens"))),
             finish_reason=self._finish,
             tool_names=tuple(self._tools),
             response_id=self._response_id,

@@ -129,6 +129,11 @@ class ActiveTurn:
         now_us = self._kit.clock_us()
         facts = self._facts()
         failure = self._failure(error, facts)
+        if self.migrated and facts.computed_tokens > 1:
+            # The decoder answered, but the transfer failed under it (`kv_load_failure_policy=recompute`). One token
+            # may be its own: the last one of a prompt that fills its blocks.
+            self.migrated = False
+            self.lost("transfer_failed")
         idle = self._kit.turn_ends(self.ref)
         goes_on = bool(failure) or facts.calls_tools
         self._kit.registry.end_turn(
@@ -175,9 +180,10 @@ class ActiveTurn:
 
     def _report(self, facts: TurnFacts, failure: str, *, now_us: int, idle: bool) -> TurnFinishedReport:
         ttft_ms = self._ttft_ms(facts) or 0
-        # An answer that comes at once says nothing about the time to its first token.
-        local_ms = ttft_ms if self.streamed else 0
-        prefill_ms = self._span_ms(self.prefill_us) if self.prefill_us is not None else local_ms
+        # An answer that comes at once says nothing about the time to its first token, and one that a prefill was
+        # tried for in vain nothing about the decoder's share of it.
+        local_ms = ttft_ms if self.streamed and self.prefill_us is None else 0
+        prefill_ms = self._span_ms(self.prefill_us) if self.migrated and self.prefill_us is not None else local_ms
         prefilled_by = self.prefiller if self.migrated else self.decoder
         return TurnFinishedReport(
             token=self._token(),

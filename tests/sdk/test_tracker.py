@@ -103,7 +103,8 @@ def test_a_completions_stream() -> None:
 
 
 def test_a_responses_stream() -> None:
-    usage = {"input_tokens": 9, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 8}}
+    details = {"cached_tokens": 8, "cache_write_tokens": 1}
+    usage = {"input_tokens": 9, "output_tokens": 2, "input_tokens_details": details}
     output = [{"type": "message"}, {"type": "function_call", "name": "look"}]
     done = {"id": "resp_1", "status": "completed", "usage": usage, "output": output}
     chunks = (
@@ -116,6 +117,7 @@ def test_a_responses_stream() -> None:
     facts = follow(chunks, kind=Kind.RESPONSES)
     assert (facts.first_token_us, facts.gaps_us) == (2000, (1000,))
     assert (facts.prompt_tokens, facts.completion_tokens, facts.cached_tokens) == (9, 2, 8)
+    assert facts.computed_tokens == 1
     assert (facts.response_id, facts.finish_reason, facts.tool_names) == ("resp_1", "completed", ("look",))
     assert facts.complete
 

@@ -223,6 +223,23 @@ def test_a_failed_transfer_is_computed_where_it_is(make_world, reply, stream) ->
     assert [(f["engine_id"], f["phase"]) for f in world.reports("engine_failure")] == [("p0", "transfer")]
 
 
+@pytest.mark.parametrize(("computed", "moved"), [(96, False), (1, True), (0, True), (None, True)])
+def test_a_transfer_that_failed_under_the_decoder_is_counted_by_its_usage(make_world, computed, moved) -> None:
+    """`kv_load_failure_policy=recompute` answers 200: only vLLM's account of the prompt tells."""
+    details = {"cached_tokens": 0, "created_cache_tokens": computed}
+    usage = {"prompt_tokens": 100, "completion_tokens": 2, "prompt_tokens_details": details}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}
+    head = {"id": "1", "object": "chat.completion", "created": 0, "model": "test-model"}
+    reply = EngineReply.json(head | {"choices": [choice], "usage": usage})
+    world = make_world(engine=ScriptedEngine(then="answer").script("d0", reply))
+    assert world.turn().text == "ok"
+    assert (world.record.migrated, world.record.loss) == (moved, "" if moved else "transfer_failed")
+    (report,) = world.reports("turn_finished")
+    assert (report["migrated"], report["prefill_engine_id"]) == (moved, "p0" if moved else "d0")
+    world.turn(messages=follow_up())
+    assert world.engines_called == ["p0", "d0", "d0"]
+
+
 def test_an_error_of_the_application_comes_back_word_for_word(make_world) -> None:
     refusal = EngineReply.failure(400, "This model's maximum context length is 4096 tokens.")
     world = make_world(engine=ScriptedEngine(then="answer").script("p0", refusal).script("d0", refusal, refusal))
