@@ -67,13 +67,13 @@ def turn_finished(state: State, event: TurnFinished) -> None:
 
 
 def park(state: State, event: LeaseParked) -> None:
-    """Shorten the lease's life; parking twice does not lengthen it again."""
+    """Shorten the lease's life; parking again never lengthens it."""
     lease = _live(state, event.lease_id)
     if lease is None:
         return
     state.counters.parked += 1
-    if lease.activity is not Activity.PARKED:
-        expires_at_ms = Ms(min(lease.expires_at_ms, state.expiry_ms(state.settings.park_ttl_ms)))
+    expires_at_ms = Ms(min(lease.expires_at_ms, state.expiry_ms(state.settings.park_ttl_ms)))
+    if lease.activity is not Activity.PARKED or expires_at_ms < lease.expires_at_ms:
         lease = _change(state, replace(lease, expires_at_ms=expires_at_ms), activity=Activity.PARKED)
     state.answer_ok(lease)
 
@@ -120,6 +120,13 @@ def recover(state: State, event: Recovered) -> None:
         else:
             # A journal written by two brokers: the higher epoch is the successor.
             state.out.append(LeaseDropped(lease=lease, reason=DropReason.SUPERSEDED))
+    expire_due(state)
+
+
+def expire_due(state: State) -> None:
+    """End every lease whose time has come."""
+    while (lease := state.leases.first_expired(state.now_ms)) is not None:
+        state.drop(lease, DropReason.EXPIRED)
 
 
 def _live(state: State, lease_id: LeaseId) -> Lease | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from conserve_sdk.core import _engines, _granting, _reporting, events
 from conserve_sdk.core._state import State
-from conserve_sdk.core.events import Decision, DropReason, Event
+from conserve_sdk.core.events import Decision, Event
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import LeaseId, ModelName, Ms, Ppm
@@ -111,8 +111,7 @@ class Broker:
     def _advance(self) -> None:
         state = self._state
         state.tombstones.prune(state.now_ms)
-        while (lease := state.leases.first_expired(state.now_ms)) is not None:
-            state.drop(lease, DropReason.EXPIRED)
+        _reporting.expire_due(state)
         _engines.advance(state)
         _granting.admit_waiting(state)
         _granting.refuse_overdue(state)

@@ -38,6 +38,7 @@ from conserve_sdk.core import (
     LeaseStored,
     LeaseVerdict,
     Mode,
+    Ms,
     Recovered,
     Refused,
     RequestCancelled,
@@ -171,7 +172,7 @@ class Oracle:
         elif not (isinstance(event, LeaseRenewed) and one.lease and one.lease.activity is Activity.PARKED):
             self._live_on(lease_id)
 
-    def restart(self, event: Recovered) -> None:
+    def restart(self, event: Recovered, decisions: list[Decision]) -> None:
         """The broker starts again from the journal: waiting clients and tombstones are lost, engines unknown."""
         self.now_ms = event.now_ms
         self.grace_until_ms = event.now_ms + event.grace_ms
@@ -179,6 +180,8 @@ class Oracle:
         self.ended.clear()
         self.engines.clear()
         self.ends = {lease_id: max(lease.expires_at_ms, self.grace_until_ms) for lease_id, lease in self.rows.items()}
+        for decision in decisions:
+            self._follow_decision(event, decision)
 
     # ---- what must hold of each decision ----
 
@@ -258,7 +261,9 @@ class Oracle:
         for lease in live.values():
             self._check_live(broker, lease)
         self._check_ledger(broker, live)
-        forever = {lease_id: replace(lease, expires_at_ms=self.ends[lease_id]) for lease_id, lease in self.rows.items()}
+        forever = {
+            lease_id: replace(lease, expires_at_ms=Ms(self.ends[lease_id])) for lease_id, lease in self.rows.items()
+        }
         assert forever == live, "8: the journal is the live state"
         assert broker.lease_count() <= self.settings.leases_max, "9"
         assert broker.waiting() == len(self.pending) <= self.settings.queue_max, "9"

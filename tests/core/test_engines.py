@@ -109,8 +109,9 @@ def test_another_url_or_model_forgets_what_was_observed(changes: dict[str, Any])
 
 def test_the_same_configuration_changes_nothing() -> None:
     world = World()
+    world.configure(spec("e0"))
     before = world.broker.engines()
-    assert world.configure(spec("d0")) == []
+    assert world.configure(spec("d0")) == world.configure(spec("e0")) == []
     assert world.broker.engines() == before
 
 
