@@ -38,7 +38,8 @@ def run_command(command: Callable[..., int], argv: Sequence[str], *, name: str) 
     except (DemoError, OSError) as error:
         return _fail(name, str(error), FAILED)
     except typer.TyperException as error:
-        return _fail(name, str(error), USAGE)
+        named = getattr(error, "format_message", None)  # a usage error knows which option it is about
+        return _fail(name, named() if named else str(error), USAGE)
 
 
 def _fail(name: str, text: str, code: int) -> int:

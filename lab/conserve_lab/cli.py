@@ -34,6 +34,9 @@ class Preset(StrEnum):
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen (chosen by itself in a pipe).")]
+TimeScale = Annotated[
+    float, typer.Option(min=0.0, max=100.0, help="Multiplies every duration of the emulated engines; 0: no waiting.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the workload.")]
 
 
@@ -49,7 +52,9 @@ def bench_main(argv: Sequence[str]) -> int:
 
 def emulate_main(argv: Sequence[str]) -> int:
     """Run `conserve emulate`."""
-    return run_command(_emulate, argv, name="conserve emulate")
+    from conserve_lab.emulator.command import emulate_main as emulate
+
+    return emulate(argv)
 
 
 def _demo(
@@ -70,6 +75,7 @@ def _demo(
     compare: Annotated[bool, typer.Option(help="Run the workload per turn and with affinity too.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Broker's port with --serve.")] = 7070,
     vllm_venv: Annotated[Path | None, typer.Option(help="Environment that holds vLLM. Default: .venv-vllm")] = None,
+    time_scale: TimeScale = 1.0,
 ) -> int:
     """Broker, engines and real LangGraph agents: one KV transfer per conversation, measured.
 
@@ -89,6 +95,7 @@ def _demo(
         comparisons=compare,
         json_path=json,
         vllm_venv=vllm_venv,
+        time_scale=time_scale,
     )
     if not serve:
         return run_demo(settings, console=console)
@@ -104,6 +111,7 @@ def _bench(
     markdown: Annotated[Path, typer.Option(help="Where the table goes.")] = Path("bench.md"),
     seeds: Annotated[int, typer.Option(min=1, max=50, help="How many seeds, from 1 on.")] = 3,
     conversations: Annotated[int, typer.Option(min=1, max=500, help="Conversations of one run.")] = 24,
+    time_scale: TimeScale = 1.0,
 ) -> int:
     """All presets and the per-turn baseline beside each other on the emulated fleet, over several seeds."""
     from conserve_lab.demo.bench import run_bench
@@ -114,24 +122,8 @@ def _bench(
         json_path=json,
         markdown_path=markdown,
         console=_console(),
+        time_scale=time_scale,
     )
-
-
-def _emulate(
-    *,
-    config: Annotated[
-        Path | None, typer.Option(help="Fleet file (TOML). Default: 2 prefillers and 3 decoders.")
-    ] = None,
-) -> int:
-    """Emulated vLLM servers in the foreground, until interrupted."""
-    from conserve_lab.emulator import EmulatedFleet, default_fleet, load_fleet_config
-
-    console = _console()
-    with EmulatedFleet(default_fleet() if config is None else load_fleet_config(config)) as fleet:
-        for engine in fleet.engines:
-            console.print(f"{engine.role:<10} {engine.url}  {engine.id}")
-        _until_interrupted().wait()
-    return 0
 
 
 def _console() -> Console:

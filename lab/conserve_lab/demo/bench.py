@@ -51,7 +51,13 @@ ROWS: Mapping[str, Callable[[Figures], float | None]] = {
 
 
 def run_bench(
-    *, seeds: Iterable[int], conversations: int, json_path: Path, markdown_path: Path, console: Console
+    *,
+    seeds: Iterable[int],
+    conversations: int,
+    json_path: Path,
+    markdown_path: Path,
+    console: Console,
+    time_scale: float = 1.0,
 ) -> int:
     """Run everything, print the table, write both files.
 
@@ -63,9 +69,11 @@ def run_bench(
         OSError: a file cannot be written.
     """
     results: dict[str, list[Figures]] = {policy: [] for policy in POLICIES}
-    with EmulatedSource() as source:
+    with EmulatedSource(time_scale=time_scale) as source:
         for seed, (policy, (variant, preset)) in itertools.product(seeds, POLICIES.items()):
-            settings = demo_settings("emulated", conversations=conversations, preset=preset, seed=seed, plain=True)
+            settings = demo_settings(
+                "emulated", conversations=conversations, preset=preset, seed=seed, plain=True, time_scale=time_scale
+            )
             found = _measure(variant, settings, source)
             results[policy].append(found)
             console.print(f"seed {seed}, {policy}: TTFET p95 {found['ttfet_ms']['p95']} ms", style="dim")

@@ -54,13 +54,16 @@ class FleetProcess:
         Raises:
             FleetProcessError: it did not start.
         """
-        self._pipe.send(config)
-        answer = self._receive(START_BUDGET_S)
+        answer = self._ask(config, START_BUDGET_S)
         if isinstance(answer, str):
             raise FleetProcessError(f"the emulated fleet did not start: {answer}")
         yield answer
-        self._pipe.send(None)
-        self._receive(_STOP_BUDGET_S)
+        self._ask(None, _STOP_BUDGET_S)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the child."""
@@ -76,12 +79,13 @@ class FleetProcess:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _receive(self, budget_s: float) -> Any:
+    def _ask(self, order: FleetConfig | None, budget_s: float) -> Any:
         try:
+            self._pipe.send(order)
             if not self._pipe.poll(budget_s):
                 raise FleetProcessError(f"the emulated fleet did not answer within {budget_s:.0f} s")
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             raise FleetProcessError("the process of the emulated fleet ended unexpectedly") from None
 
 

@@ -78,7 +78,7 @@ def open_source(settings: DemoSettings, *, say: Say) -> Iterator[FleetSource]:
         DemoError: real engines cannot be started.
     """
     if settings.engine == "emulated":
-        with EmulatedSource() as emulated:
+        with EmulatedSource(time_scale=settings.time_scale) as emulated:
             yield emulated
         return
     options = FleetOptions(prefillers=1, decoders=2, references=1)
@@ -89,12 +89,14 @@ def open_source(settings: DemoSettings, *, say: Say) -> Iterator[FleetSource]:
         raise DemoError(str(error)) from error
 
 
-def emulated_config(variant: Variant, *, prefillers: int = PREFILLERS, decoders: int = DECODERS) -> FleetConfig:
+def emulated_config(variant: Variant, *, time_scale: float = 1.0) -> FleetConfig:
     """Return the emulated engines of a variant: prefillers and decoders, or as many that do both."""
     if variant is Variant.AFFINITY:
-        return fleet_of([{"id": f"b{index}", **BOTH} for index in range(prefillers + decoders)])
-    engines = [{"id": f"p{index}", **PREFILLER} for index in range(prefillers)]
-    return fleet_of(engines + [{"id": f"d{index}", **DECODER} for index in range(decoders)])
+        engines = [{"id": f"b{index}", **BOTH} for index in range(PREFILLERS + DECODERS)]
+    else:
+        engines = [{"id": f"p{index}", **PREFILLER} for index in range(PREFILLERS)]
+        engines += [{"id": f"d{index}", **DECODER} for index in range(DECODERS)]
+    return fleet_of(engines, defaults={"time_scale": time_scale})
 
 
 class EmulatedSource:
@@ -102,7 +104,8 @@ class EmulatedSource:
 
     reference_url: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, time_scale: float = 1.0) -> None:
+        self._time_scale = time_scale
         self._process = FleetProcess()
 
     def __enter__(self) -> Self:
@@ -115,7 +118,7 @@ class EmulatedSource:
     def fresh(self, variant: Variant) -> Iterator[RunningFleet]:
         """Start the variant's fleet, and stop it after the block."""
         try:
-            with self._process.fleet(emulated_config(variant)) as fleet:
+            with self._process.fleet(emulated_config(variant, time_scale=self._time_scale)) as fleet:
                 yield RunningFleet(
                     kind="emulated",
                     model=fleet.model,

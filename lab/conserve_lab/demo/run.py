@@ -50,6 +50,8 @@ def run_demo(settings: DemoSettings, *, console: Console) -> int:
         OSError: the JSON file cannot be written.
     """
     started_s = time.monotonic()
+    if settings.json_path is not None:
+        settings.json_path.touch()  # better refused now than after the runs
     workload = settings.workload
     tasks = make_tasks(
         workload.conversations,

@@ -27,7 +27,7 @@ def serve(settings: DemoSettings, *, console: Console, stop: threading.Event, po
         TimeoutError: the broker did not see its engines in time.
         OSError: the port is taken.
     """
-    with EmulatedSource() as source, source.fresh(Variant.CONSERVE) as fleet:
+    with EmulatedSource(time_scale=settings.time_scale) as source, source.fresh(Variant.CONSERVE) as fleet:
         config = broker_config(fleet, preset=settings.preset, port=port)
         with BrokerServer(config) as broker:
             broker.wait_until_ready(engines=len(fleet.urls))

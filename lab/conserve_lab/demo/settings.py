@@ -43,6 +43,10 @@ DEFAULT_PRESETS: dict[EngineKind, Preset] = {
 }
 
 
+BUDGETS_S: dict[EngineKind, float] = {"emulated": 180.0, "vllm": 600.0}
+"""Many times what a run takes on an idle machine of two CPUs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
     """One `conserve demo`.
@@ -50,18 +54,20 @@ class DemoSettings:
     Attributes:
         comparisons: also run the workload per turn and with affinity.
         vllm_venv: environment that holds vLLM, None for the default place.
+        time_scale: multiplies every duration of emulated engines; 0: as fast as the machine can.
         budget_s: longest time one of the runs may take before it counts as hanging.
     """
 
-    engine: EngineKind = "emulated"
-    preset: Preset = "default"
-    seed: int = 1
-    workload: Workload = WORKLOADS["emulated"]
+    engine: EngineKind
+    preset: Preset
+    seed: int
+    workload: Workload
     plain: bool = False
     comparisons: bool = True
     json_path: Path | None = None
     vllm_venv: Path | None = None
-    budget_s: float = 120.0
+    time_scale: float = 1.0
+    budget_s: float
 
 
 def demo_settings(
@@ -74,12 +80,15 @@ def demo_settings(
     comparisons: bool = True,
     json_path: Path | None = None,
     vllm_venv: Path | None = None,
+    time_scale: float = 1.0,
 ) -> DemoSettings:
     """Return the settings for an engine, with its own sizes and preset where the caller gives none."""
     workload = WORKLOADS[engine]
     if conversations is not None:
         share = conversations / workload.conversations  # the same arrivals a second
         workload = replace(workload, conversations=conversations, arrivals_s=workload.arrivals_s * share)
+    if engine == "emulated":
+        workload = replace(workload, arrivals_s=workload.arrivals_s * time_scale)
     return DemoSettings(
         engine=engine,
         preset=preset or DEFAULT_PRESETS[engine],
@@ -89,4 +98,6 @@ def demo_settings(
         comparisons=comparisons,
         json_path=json_path,
         vllm_venv=vllm_venv,
+        time_scale=time_scale,
+        budget_s=BUDGETS_S[engine],
     )
