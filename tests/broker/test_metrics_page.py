@@ -160,7 +160,7 @@ class TestIncarnation:
         watch = IncarnationWatch()
         first = watch.observe(self.with_(started=1.79538744644e09, work=5))
         assert first == watch.observe(self.with_(started=1.79538744644e09, work=9))
-        assert first != watch.observe(self.with_(started=1.79538745092e09, work=9))
+        assert first != watch.observe(self.with_(started=1.79538744649e09, work=9))
         assert IncarnationWatch().observe(self.with_(started=1.79538744644e09, work=0)) == first, (
             "a restarted broker agrees"
         )

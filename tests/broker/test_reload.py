@@ -68,6 +68,14 @@ class TestWatcher:
         assert not fleet.watcher.poll()
         assert (fleet.applied, fleet.watcher.problem) == ([], "")
 
+    def test_a_file_is_read_again_only_when_its_content_changed(
+        self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fleet.watcher.poll()
+        monkeypatch.setattr("conserve_broker.reload.load_config", None)  # calling it would fail
+        fleet.path.touch()
+        assert not fleet.watcher.poll()
+
     def test_a_changed_fleet_is_applied(self, fleet: Fleet) -> None:
         fleet.write(table("d1") + table("d2"))
         assert fleet.watcher.poll()

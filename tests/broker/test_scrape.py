@@ -240,6 +240,7 @@ class TestRunning:
             asked_of_old = len(old.asked)
             await seen.until(lambda: len(seen.of("c")) >= 3 and new.asked.count("/health") >= 6)
             assert len(seen.of("a")) == told_about_a
+            assert new.asked.count("/v1/models") == 2, "b at its new place is another engine, whatever its name"
             assert len(old.asked) <= asked_of_old + 2, "at most what was on its way already"
 
     async def test_a_changed_engine_at_the_same_place_goes_on_undisturbed(self, page_engines: Any, seen: Seen) -> None:

@@ -141,7 +141,7 @@ class TestMeaning:
             {
                 "placement": {
                     "kv_watermark": 0.8,
-                    "hint_slack": 0.123456,
+                    "hint_slack": 0.00397,
                     "harm_weight": 1.5,
                     "local_below_tokens": 7,
                     "transfer_overhead_us": 8,
@@ -155,7 +155,7 @@ class TestMeaning:
         changed = placement.placement
         assert (changed.kv_watermark_ppm, changed.hint_slack_ppm, changed.harm_weight_ppm) == (
             800_000,
-            123_456,
+            3_970,
             1_500_000,
         )
         assert (changed.local_below_tokens, changed.transfer_overhead_us, changed.transfer_tokens_per_s) == (7, 8, 9)
@@ -308,6 +308,19 @@ class TestProblems:
     def test_rules_about_times(self, data: dict[str, Any], line: str) -> None:
         assert line in problems(data)
 
+    def test_the_bounds_themselves_are_fine(self) -> None:
+        BrokerConfig.from_mapping(
+            {
+                "lease": {"ttl_ms": 6_000, "park_ttl_ms": 6_000},
+                "scrape": {
+                    "interval_ms": 2_000,
+                    "suspect_after_ms": 4_000,
+                    "gone_after_ms": 4_001,
+                    "observation_max_age_ms": 4_000,
+                },
+            }
+        )
+
     def test_every_problem_of_a_file_is_told_at_once(self) -> None:
         told = problems({"lease": {"ttl_ms": 1, "hold_share": 2}, "engine": [{"id": "x"}], "oops": 1})
         assert len(told.splitlines()) == 6
@@ -337,7 +350,7 @@ class TestWarnings:
         assert warning.startswith(start)
 
     def test_engines_that_cannot_hold_are_no_reason_to_warn(self) -> None:
-        fleet = [engine(max_hold_ms=0), engine("p", role="prefiller", max_hold_ms=1)]
+        fleet = [engine(max_hold_ms=0), engine("d1", max_hold_ms=10_000), engine("p", role="prefiller", max_hold_ms=1)]
         assert BrokerConfig.from_mapping({"journal": {"path": "x"}, "engine": fleet}).warnings() == ()
 
 
