@@ -70,9 +70,7 @@ class TransferTicket:
             raise TransferRefused("transfer_foreign", f"made for lease {self.lease_id}, not for {lease_id}")
         if now_ms >= self._deadline_ms:
             raise TransferRefused("transfer_expired", "the prefiller may have re-used the blocks by now")
-        if hold:
-            params["do_remote_decode"] = True
-        return params
+        return _held(params) if hold else params
 
 
 def read_ticket(answer: object, *, lease_id: str, now_ms: int, deadline_ms: int, send_ids: bool) -> TransferTicket:
@@ -100,6 +98,19 @@ def read_ticket(answer: object, *, lease_id: str, now_ms: int, deadline_ms: int,
     if ids is not None and not _is_token_ids(ids):
         raise TransferRefused("bad_transfer_params", "prompt_token_ids is not a list of token ids")
     return TransferTicket(params, lease_id=lease_id, deadline_ms=now_ms + deadline_ms, token_ids=ids)
+
+
+def _held(params: dict[str, Any]) -> dict[str, Any]:
+    """The same pull, of blocks that the decoder shall keep after the turn, in a form that can fail.
+
+    vLLM 0.32 (`nixl/pull_scheduler.py`, `get_num_new_matched_tokens`) takes a request that both pulls and is held, once
+    it is scheduled again because its transfer failed or it was preempted, for the way back of a two-way transfer, waits
+    for blocks that nobody sends, and never ends it. Without `remote_num_tokens` there is nothing to wait for. The pull
+    itself needs that key only with decode context parallelism; such a turn is not held.
+    """
+    if params.get("dcp_size", 1) != 1:
+        return params
+    return {key: value for key, value in params.items() if key != "remote_num_tokens"} | {"do_remote_decode": True}
 
 
 def _problem(params: object) -> str:

@@ -41,6 +41,20 @@ def test_hold_asks_the_decoder_to_keep_the_blocks_too() -> None:
     assert TRANSFER_PARAMS["do_remote_decode"] is False
 
 
+def test_a_held_pull_can_fail_without_waiting_for_ever() -> None:
+    """vLLM parks a held request that kept `remote_num_tokens` when its transfer fails, and never ends it."""
+    answer = {"kv_transfer_params": {**TRANSFER_PARAMS, "remote_num_tokens": 100}}
+    params = ticket(answer).redeem(lease_id="l1", now_ms=1_000, hold=True)
+    assert "remote_num_tokens" not in params
+    assert ticket(answer).redeem(lease_id="l1", now_ms=1_000, hold=False)["remote_num_tokens"] == 100
+
+
+def test_a_pull_that_needs_its_token_count_is_not_held() -> None:
+    answer = {"kv_transfer_params": {**TRANSFER_PARAMS, "dcp_size": 2, "remote_num_tokens": 100}}
+    params = ticket(answer).redeem(lease_id="l1", now_ms=1_000, hold=True)
+    assert (params["remote_num_tokens"], params["do_remote_decode"]) == (100, False)
+
+
 def test_params_are_used_once() -> None:
     once = ticket()
     once.redeem(lease_id="l1", now_ms=1_000, hold=False)
