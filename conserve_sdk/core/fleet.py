@@ -79,10 +79,7 @@ class Fleet:
 
     def view(self, engine_id: EngineId) -> EngineView | None:
         """One engine, or None when it is not configured. Views are kept until something of the engine changes."""
-        view = self._views.get(engine_id)
-        if view is None and engine_id in self._engines:
-            view = self._views[engine_id] = self._look(self._engines[engine_id])
-        return view
+        return self._views.get(engine_id) or self._fresh_view(engine_id) if engine_id in self._engines else None
 
     def views(self) -> tuple[EngineView, ...]:
         """All engines, ordered by id."""
@@ -238,8 +235,11 @@ class Fleet:
         self._of_model = of_model
 
     def _views_of(self, engine_ids: tuple[EngineId, ...]) -> tuple[EngineView, ...]:
-        views = (self.view(engine_id) for engine_id in engine_ids)
-        return tuple(view for view in views if view is not None)
+        return tuple([self._views.get(engine_id) or self._fresh_view(engine_id) for engine_id in engine_ids])
+
+    def _fresh_view(self, engine_id: EngineId) -> EngineView:
+        view = self._views[engine_id] = self._look(self._engines[engine_id])
+        return view
 
     def _forget_observations(self, engine: _Engine, now_ms: Ms) -> None:
         engine.configured_at_ms = now_ms
