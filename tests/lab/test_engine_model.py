@@ -31,8 +31,8 @@ def request(
     )
 
 
-def finish(model: EngineModel, now_us: int = 0) -> dict[str, PromptSources]:
-    """Step until nothing happens and return where each prompt came from."""
+def finish(model: EngineModel, now_us: int = 0, *, ended: list[str] | None = None) -> dict[str, PromptSources]:
+    """Step until nothing happens and return where each prompt came from; `ended` takes the order of endings."""
     sources: dict[str, PromptSources] = {}
     while not (result := model.step(now_us)).idle:
         model.check()
@@ -40,6 +40,8 @@ def finish(model: EngineModel, now_us: int = 0) -> dict[str, PromptSources]:
         for item in result.progress:
             if item.sources is not None:
                 sources[item.request_id] = item.sources
+            if item.finished and ended is not None:
+                ended.append(item.request_id)
     return sources
 
 
@@ -63,6 +65,18 @@ def test_decodes_go_before_prefill_and_share_the_step() -> None:
     result = model.step(0)
     assert (result.decodes, result.prefill_tokens) == (1, 15)
     assert result.duration_us == 1000 + 10 + 15
+
+
+def test_a_decode_is_never_left_out_for_prefills() -> None:
+    model = build(max_num_batched_tokens=8, long_prefill_token_threshold=4)
+    model.submit(request("long", 60, family=1))
+    model.submit(request("short", 4, 6, family=2))
+    model.submit(request("other", 60, family=3))
+    assert model.step(0).progress[0].request_id == "short"
+    steps = [model.step(0) for _ in range(5)]
+    assert [step.decodes for step in steps] == [1] * 5
+    assert [step.prefill_tokens for step in steps] == [7] * 5
+    assert steps[-1].progress[-1].finished
 
 
 def test_long_prefill_threshold_caps_one_request_and_leaves_room_for_another() -> None:
@@ -103,6 +117,15 @@ def test_the_least_recently_used_prefix_is_evicted_tail_first() -> None:
     assert finish(model)["b2"].local_cache_hit == 12
     model.submit(request("a2", 16, family=1))
     assert finish(model)["a2"].local_cache_hit == 0
+
+
+def test_half_of_an_evicted_prefix_is_its_first_half() -> None:
+    model = build(kv_blocks=8)
+    for name, prompt, family in (("a", 16, 1), ("b", 16, 2), ("c", 8, 3)):
+        model.submit(request(name, prompt, family=family))
+        finish(model)
+    model.submit(request("a2", 17, family=1))
+    assert finish(model)["a2"].local_cache_hit == 8
 
 
 def test_a_fetch_moves_only_missing_blocks_and_the_first_token_is_made_here() -> None:
@@ -167,7 +190,9 @@ def test_out_of_blocks_preempts_the_youngest_which_is_recomputed() -> None:
     model = build(kv_blocks=8, max_num_batched_tokens=64)
     model.submit(request("old", 12, 12, family=1))
     model.submit(request("young", 12, 12, family=2))
-    sources = finish(model)
+    ended: list[str] = []
+    sources = finish(model, ended=ended)
+    assert ended == ["old", "young"]
     assert sources == {"old": PromptSources(12, 0, 0), "young": PromptSources(12, 0, 0)}
     assert model.counters.preemptions >= 1
     assert model.counters.generation_tokens == 24
@@ -205,18 +230,6 @@ def test_cancel_of_a_fetched_request_frees_its_blocks() -> None:
     model.fetch_finished("a", ok=True)
     assert model.cancel("a")
     assert model.pool.used == 0
-
-
-def test_preemption_before_the_first_token_forgets_the_fetch() -> None:
-    # The fetched prompt fills the pool up to a block; the older decode then needs that block and one more.
-    model = build(kv_blocks=8, max_num_batched_tokens=4, max_num_seqs=8)
-    model.submit(request("old", 4, 20, family=1))
-    model.step(0)
-    model.submit(request("pulled", 20, 2, family=2, pull=True))
-    assert model.step(0).fetches
-    model.fetch_finished("pulled", ok=True)
-    finish(model)
-    assert model.counters.generation_tokens == 22
 
 
 def test_bad_requests_are_refused_with_what_to_do() -> None:

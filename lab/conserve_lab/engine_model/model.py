@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig
@@ -320,10 +320,8 @@ class EngineModel:
         sequence.blocks = []
         sequence.computed = 0
         sequence.published = 0
-        if not sequence.emitted:
-            sequence.external_tokens = 0
         sequence.state = SequenceState.WAITING
-        sequence.request = _without_pull(sequence.request)
+        sequence.request = replace(sequence.request, pull=False)
 
     # ---- after the step ------------------------------------------------------------------------------------
 
@@ -388,15 +386,3 @@ class EngineModel:
         for sequence in self._sequences.values():
             assert sequence.computed <= len(sequence.blocks) * self.config.block_size
             assert sequence.local_hit_tokens < sequence.request.prompt_tokens
-
-
-def _without_pull(request: EngineRequest) -> EngineRequest:
-    if not request.pull:
-        return request
-    return EngineRequest(
-        request_id=request.request_id,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.output_tokens,
-        block_keys=request.block_keys,
-        hold=request.hold,
-    )
