@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -148,6 +149,7 @@ class CountingServer:
 
     def __init__(self) -> None:
         self.ports: list[int] = []
+        self.open: set[int] = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -155,7 +157,12 @@ class CountingServer:
 
             def setup(self) -> None:
                 outer.ports.append(self.client_address[1])
+                outer.open.add(self.client_address[1])
                 super().setup()
+
+            def finish(self) -> None:
+                super().finish()
+                outer.open.discard(self.client_address[1])
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -225,6 +232,17 @@ def test_async_streams_too(server, counted) -> None:
     assert len(server.ports) == 1
 
 
+async def test_an_async_stream_left_at_its_end_marker_gives_its_connection_back(server, counted) -> None:
+    body = {"model": MODEL, "messages": prompt("s"), "stream": True}
+    for _ in range(3):
+        async with counted.async_http_client().stream("POST", "/chat/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    break
+    assert len(server.ports) == 1
+    await counted.aclose()
+
+
 def test_one_client_in_three_event_loops(server, counted) -> None:
     client = counted.async_openai_client(max_retries=0)
 
@@ -236,9 +254,11 @@ def test_one_client_in_three_event_loops(server, counted) -> None:
     assert [asyncio.run(once()) for _ in range(3)] == ["ok"] * 3
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: asyncio.run(once()), range(8))) == ["ok"] * 8
-    assert len(counted._runtime.async_engines._loops) == 0 or all(
-        loop.is_closed() for loop in counted._runtime.async_engines._loops
-    )
+    assert len(server.ports) == 11
+    deadline = time.monotonic() + 20
+    while server.open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not server.open  # each loop took its connections along
 
 
 def test_a_forked_child_opens_its_own_connections(server, counted, fork_and_wait) -> None:

@@ -505,6 +505,21 @@ def test_new_conversations_fall_back(make_world) -> None:
     assert world.engines_called[-2:] == ["p0", "d0"]
 
 
+def test_a_broker_that_did_not_answer_is_left_alone_for_a_while(make_world) -> None:
+    world = make_world(fallback_engines=["http://f0.invalid"], timeouts=QUICK, wait_s=0)
+    world.broker.stop()
+    world.turn()
+    world.broker.start()
+    world.turn(messages=follow_up())
+    assert (world.asked(), world.engines_called) == (0, ["f0", "f0"])
+    world.clock.advance(4_999)
+    world.turn(messages=follow_up(2))
+    assert world.asked() == 0
+    world.clock.advance(1)
+    world.turn(messages=follow_up(3))
+    assert (world.asked(), world.engines_called[-1]) == (1, "d0")
+
+
 def test_a_fallback_engine_fails_over_too(make_world) -> None:
     engine = ScriptedEngine(EngineReply.unreachable(), then="answer")
     world = make_world(
@@ -705,6 +720,23 @@ def test_a_hook_that_fails_changes_nothing(make_world, caplog) -> None:
         assert world.turn().text == "ok"
     assert len(seen) == 1
     assert "turn_hook_failed" in caplog.text
+
+
+def test_closing_under_a_running_turn_lets_it_end(world) -> None:
+    body = {"model": "test-model", "messages": follow_up(0), "stream": True}
+
+    def blocking() -> str:
+        with world.conserve.http_client().stream("POST", "/chat/completions", json=body) as response:
+            world.conserve.close()
+            return b"".join(response.iter_raw()).decode()
+
+    async def looped() -> str:
+        async with world.conserve.async_http_client().stream("POST", "/chat/completions", json=body) as response:
+            await world.conserve.aclose()
+            return b"".join([chunk async for chunk in response.aiter_raw()]).decode()
+
+    assert world.run(blocking, looped).endswith("data: [DONE]\n\n")
+    assert world.record.error == ""
 
 
 def test_a_closed_object_says_so(world) -> None:
