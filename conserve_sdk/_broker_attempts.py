@@ -48,7 +48,9 @@ class Attempts:
     Args:
         brokers: where to go.
         budget_ms: for all attempts together.
-        patience_ms: how long of it may pass waiting for admission.
+        patience_ms: how long of it may pass waiting for admission. Only a broker that answers may use it up: brokers
+            that stay silent are given up after the rest of the budget, or every new conversation would stand still
+            for the whole patience when there is no broker.
         clock: seconds.
         jitter: uniform in [0, 1).
     """
@@ -68,6 +70,8 @@ class Attempts:
         self._jitter = jitter
         self._started_s = clock()
         self._budget_ms = budget_ms
+        self._silence_ms = max(budget_ms - patience_ms, min(budget_ms, CONNECT_MAX_MS))
+        self._silent_since_s: float | None = None
         self._patience_ms = min(patience_ms, max(0, budget_ms - REFUSAL_MARGIN_MS))
         self._failures = 0
 
@@ -101,7 +105,10 @@ class Attempts:
         """Return the pause before the next attempt: none before another broker; after a whole round, full jitter."""
         problem = _problem_of(state)
         if problem.refusal:
+            self._silent_since_s = None
             return problem.retry_after_ms / 1000
+        if self._silent_since_s is None:
+            self._silent_since_s = self._clock()
         self._failures += 1
         self._index = (self._index + 1) % len(self._brokers.urls)
         rounds, position = divmod(self._failures, len(self._brokers.urls))
@@ -112,8 +119,11 @@ class Attempts:
 
     def is_over(self, state: tenacity.RetryCallState) -> bool:
         """Tell whether the next attempt would start too late."""
-        limit_ms = self._patience_ms if _problem_of(state).refusal else self._budget_ms
-        return self._elapsed_ms() + state.upcoming_sleep * 1000 >= limit_ms
+        pause_ms = state.upcoming_sleep * 1000
+        if _problem_of(state).refusal:
+            return self._elapsed_ms() + pause_ms >= self._patience_ms
+        silent_s = self._clock() - (self._silent_since_s or self._started_s)
+        return silent_s * 1000 + pause_ms >= self._silence_ms or self._elapsed_ms() + pause_ms >= self._budget_ms
 
     def _elapsed_ms(self) -> int:
         return round((self._clock() - self._started_s) * 1000)

@@ -189,6 +189,22 @@ class TestBudget:
         assert isinstance(caught.value.__cause__, httpx2.ConnectError)
         assert colour.sleeps == [0.1, 0.2, 0.4, 0.8]
 
+    def test_silence_is_not_waited_for_as_admission_is(self, colour: Colour) -> None:
+        script = Script(httpx2.ConnectError("refused"), clock=colour.clock, takes_ms=10)
+        started = colour.clock.now_ms()
+        patient = REQUEST.model_copy(update={"wait_ms": 30_000})
+        with pytest.raises(BrokerUnavailable):
+            colour.run(colour.client(httpx2.MockTransport(script)).acquire(patient, budget_ms=35_000))
+        assert 2_000 < colour.clock.now_ms() - started <= 5_000
+
+    def test_a_broker_that_answered_meanwhile_gets_its_silence_again(self, colour: Colour) -> None:
+        refused, full = httpx2.ConnectError("refused"), problem(503, "no_ready_engine", retry_after_ms=1_000)
+        answers = (refused, refused, full, refused, refused, granted())
+        script, started = Script(*answers, clock=colour.clock, takes_ms=1_400), colour.clock.now_ms()
+        patient = REQUEST.model_copy(update={"wait_ms": 30_000})
+        assert colour.run(colour.client(httpx2.MockTransport(script)).acquire(patient, budget_ms=35_000)).epoch == 1
+        assert colour.clock.now_ms() - started > 5_000
+
     def test_every_attempt_gets_only_what_is_left(self, colour: Colour) -> None:
         script = Script(httpx2.ReadTimeout(""), clock=colour.clock, takes_ms=1_000)
         with pytest.raises(BrokerUnavailable, match="ReadTimeout"):
