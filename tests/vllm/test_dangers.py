@@ -8,6 +8,8 @@ import httpx2
 import pytest
 
 DEATH_BUDGET_S = 30.0
+HANG_BUDGET_S = 8.0
+"""Longer than an answer of the tiny model takes; the request that is watched waits for ever."""
 
 
 @pytest.fixture
@@ -99,3 +101,27 @@ def test_a_streamed_prefill_leg_returns_no_params(raw):
     ) as answer:
         assert answer.status_code == 200
         assert "remote_block_ids" not in "".join(answer.iter_lines())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with", "without"])
+def test_a_held_pull_that_fails_waits_for_ever_for_the_tokens_it_was_promised(raw, fleet, kept):
+    # Rule: a request that is both pulled and held goes without `remote_num_tokens`.
+    raw.migrate(raw.body(raw.task(f"met {kept}")))  # so that no handshake with a dead prefiller takes its 5 s
+    body = raw.body(raw.task(f"held pull {kept}"))
+    params = raw.prefill(body) | {"do_remote_decode": True}
+    if not kept:
+        del params["remote_num_tokens"]
+    fleet.kill("p0")
+    try:
+        answer = raw.http.post(
+            f"{fleet.engines['d0'].api}/chat/completions",
+            json=body | {"kv_transfer_params": params},
+            timeout=HANG_BUDGET_S if kept else DEATH_BUDGET_S,
+        )
+    except httpx2.ReadTimeout:
+        answer = None
+    finally:
+        fleet.restart("p0")
+    assert (answer is None) == kept
+    assert answer is None or raw.said(answer.json()) == raw.said(raw.ask("a0", body))
+    raw.ask("d0", raw.body(raw.task(f"others {kept}")))  # other requests are well
