@@ -217,6 +217,7 @@ class Oracle:
                 assert event.lease_id == lease_id
             case DropReason.SUPERSEDED:
                 assert self.ends[lease_id] > self.now_ms
+                assert self._may_supersede(event, lease), "compare-and-set on id and epoch"
             case DropReason.ENGINE_RESTARTED:
                 assert facts is not None
                 assert facts.seen is not None
@@ -227,6 +228,14 @@ class Oracle:
             case DropReason.ENGINE_REMOVED:
                 assert isinstance(event, EngineRemoved)
                 assert event.engine_id == lease.decoder.engine_id
+
+    def _may_supersede(self, event: Event, lease: Lease) -> bool:
+        if isinstance(event, LeaseReadopted):
+            return event.lease.key == lease.key and event.lease.epoch > lease.epoch
+        return any(
+            isinstance(asked, SupersedeRequested) and (asked.lease_id, asked.epoch) == (lease.lease_id, lease.epoch)
+            for asked in self.pending.values()
+        )
 
     def _check_verdict(self, lease_id: LeaseId, verdict: LeaseVerdict) -> None:
         if lease_id not in self.ended or self._forgotten(lease_id):

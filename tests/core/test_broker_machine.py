@@ -278,6 +278,12 @@ class BrokerMachine(RuleBasedStateMachine):
             self._scrape()
         self._at(max(self.now_ms, deadline_ms + late_ms))
 
+    @precondition(lambda self: self.oracle.pending)
+    @rule(pick=CHOICE, late_ms=st.sampled_from([-1, 0, 1]))
+    def wait_as_long_as_a_request(self, pick: int, late_ms: int) -> None:
+        waiting = list(self.oracle.pending.values())
+        self._at(max(self.now_ms, self.oracle.deadline_ms(waiting[pick % len(waiting)]) + late_ms))
+
     @precondition(lambda self: self.oracle.first)
     @rule(pick=CHOICE, late_ms=st.sampled_from([-1, 0, 1]))
     def renew_around_expiry(self, pick: int, late_ms: int) -> None:

@@ -442,6 +442,17 @@ def test_another_epoch_replaces_nothing(epoch: int) -> None:
     assert (outcome.lease.lease_id, outcome.reused) == (live.lease_id, True)
 
 
+def test_a_late_supersede_does_not_replace_a_lease_it_never_knew() -> None:
+    """The old lease ended, the key has a fresh one: same epoch, another id."""
+    world = World()
+    old = world.grant("c")
+    world.release(old)
+    fresh = world.grant("c")
+    assert fresh.epoch == old.epoch
+    outcome = granted(world.supersede(old))
+    assert (outcome.lease.lease_id, outcome.reused) == (fresh.lease_id, True)
+
+
 def test_superseding_a_dead_lease_is_a_grant_with_the_next_epoch() -> None:
     world = World()
     old = world.grant("c")
