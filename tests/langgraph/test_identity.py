@@ -39,14 +39,15 @@ def test_config_of_a_direct_call(llm: ConServeChat, turns: TurnCollector, config
 
 
 async def test_config_of_the_async_and_streaming_calls(llm: ConServeChat, turns: TurnCollector) -> None:
-    names = [_name() for _ in range(4)]
-    configs: list[Any] = [{"configurable": {"thread_id": name}} for name in names]
-    await llm.ainvoke(QUESTION, configs[0])
-    list(llm.stream(QUESTION, configs[1]))
-    async for _ in llm.astream(QUESTION, configs[2]):
-        pass
-    await llm.bind(stop=["zzz"]).ainvoke(QUESTION, configs[3])
-    assert _seen(turns) == names
+    async with llm.conserve:
+        names = [_name() for _ in range(4)]
+        configs: list[Any] = [{"configurable": {"thread_id": name}} for name in names]
+        await llm.ainvoke(QUESTION, configs[0])
+        list(llm.stream(QUESTION, configs[1]))
+        async for _ in llm.astream(QUESTION, configs[2]):
+            pass
+        await llm.bind(stop=["zzz"]).ainvoke(QUESTION, configs[3])
+        assert _seen(turns) == names
 
 
 def test_call_argument_wins_over_everything(llm: ConServeChat, turns: TurnCollector) -> None:
@@ -134,15 +135,16 @@ def test_two_agents_of_one_thread_have_a_lineage_each(llm: ConServeChat, turns: 
 
 @pytest.mark.filterwarnings("ignore:.*is in beta")
 async def test_events_v3_which_bypass_invoke_and_stream(llm: ConServeChat, turns: TurnCollector) -> None:
-    name = _name()
+    async with llm.conserve:
+        name = _name()
 
-    async def node(state: MessagesState) -> dict[str, Any]:
-        stream = await llm.astream_events(state["messages"], version="v3")
-        return {"messages": [await stream]}
+        async def node(state: MessagesState) -> dict[str, Any]:
+            stream = await llm.astream_events(state["messages"], version="v3")
+            return {"messages": [await stream]}
 
-    builder = StateGraph(MessagesState)
-    builder.add_node("agent", node)
-    builder.add_edge(START, "agent")
-    state = await builder.compile().ainvoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
-    assert state["messages"][-1].text
-    assert _seen(turns) == [name]
+        builder = StateGraph(MessagesState)
+        builder.add_node("agent", node)
+        builder.add_edge(START, "agent")
+        state = await builder.compile().ainvoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
+        assert state["messages"][-1].text
+        assert _seen(turns) == [name]

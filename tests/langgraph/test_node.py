@@ -75,15 +75,18 @@ def test_second_user_turn_of_a_thread_stays_on_its_decoder(
 
 
 async def test_concurrent_threads_do_not_mix(
-    graph: CompiledStateGraph[Any, Any, Any, Any], turns: TurnCollector
+    graph: CompiledStateGraph[Any, Any, Any, Any], llm: ConServeChat, turns: TurnCollector
 ) -> None:
-    threads = [f"many-{number}-{uuid4().hex[:8]}" for number in range(8)]
-    states = await asyncio.gather(*(graph.ainvoke(_ask(f"Count for {thread}."), _config(thread)) for thread in threads))
-    for thread, state in zip(threads, states, strict=True):
-        records = [record for record in turns.records if record.conversation_id == thread]
-        assert len(records) == sum(isinstance(message, AIMessage) for message in state["messages"])
-        assert len({record.decoder_id for record in records}) == 1
-        assert sum(record.migrated for record in records) == 1
+    async with llm.conserve:
+        threads = [f"many-{number}-{uuid4().hex[:8]}" for number in range(8)]
+        states = await asyncio.gather(
+            *(graph.ainvoke(_ask(f"Count for {thread}."), _config(thread)) for thread in threads)
+        )
+        for thread, state in zip(threads, states, strict=True):
+            records = [record for record in turns.records if record.conversation_id == thread]
+            assert len(records) == sum(isinstance(message, AIMessage) for message in state["messages"])
+            assert len({record.decoder_id for record in records}) == 1
+            assert sum(record.migrated for record in records) == 1
 
 
 def test_graph_streams_tokens_of_the_node(graph: CompiledStateGraph[Any, Any, Any, Any], turns: TurnCollector) -> None:
@@ -99,21 +102,23 @@ class ObjectState:
 
 
 async def test_state_may_be_an_object(llm: ConServeChat) -> None:
-    builder = StateGraph(ObjectState)
-    builder.add_node("agent", llm)
-    builder.add_edge(START, "agent")
-    state = await builder.compile().ainvoke({"messages": [HumanMessage("Hello")]})
-    assert isinstance(state["messages"][-1], AIMessage)
+    async with llm.conserve:
+        builder = StateGraph(ObjectState)
+        builder.add_node("agent", llm)
+        builder.add_edge(START, "agent")
+        state = await builder.compile().ainvoke({"messages": [HumanMessage("Hello")]})
+        assert isinstance(state["messages"][-1], AIMessage)
 
 
 async def test_node_called_by_hand_answers_a_state_with_a_state(llm: ConServeChat) -> None:
-    state = {"messages": [HumanMessage("Hello")]}
-    answer = llm.invoke(state)
-    assert isinstance(answer["messages"][0], AIMessage)
-    chunks = [chunk["messages"][0] for chunk in llm.stream(state)]
-    assert "".join(chunk.text for chunk in chunks) == answer["messages"][0].text
-    again = [chunk["messages"][0] async for chunk in llm.astream(state)]
-    assert "".join(chunk.text for chunk in again) == answer["messages"][0].text
+    async with llm.conserve:
+        state = {"messages": [HumanMessage("Hello")]}
+        answer = llm.invoke(state)
+        assert isinstance(answer["messages"][0], AIMessage)
+        chunks = [chunk["messages"][0] for chunk in llm.stream(state)]
+        assert "".join(chunk.text for chunk in chunks) == answer["messages"][0].text
+        again = [chunk["messages"][0] async for chunk in llm.astream(state)]
+        assert "".join(chunk.text for chunk in again) == answer["messages"][0].text
 
 
 def test_state_without_messages_says_what_it_found(llm: ConServeChat) -> None:

@@ -25,6 +25,7 @@ def turns() -> TurnCollector:
 
 @pytest.fixture
 def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
+    """Async tests enter it once more (`async with conserve`), so that no connection outlives their event loop."""
     with ConServe(stack.broker_url, on_turn=turns) as conserve:
         yield conserve
 

@@ -31,64 +31,69 @@ def _config(provider: ConServeModelProvider, **more: object) -> RunConfig:
 
 
 async def test_runs_of_a_session_are_turns_of_one_lease(provider: ConServeModelProvider, turns: TurnCollector) -> None:
-    session = SQLiteSession(f"s-{uuid4().hex}")
-    for question in ("Add 1 and 2.", "Add 3 to that.", "And 4?"):
-        result = await Runner.run(_clerk(), question, session=session, run_config=_config(provider), max_turns=20)
-        assert result.final_output
-    streamed = Runner.run_streamed(_clerk(), "And 5?", session=session, run_config=_config(provider), max_turns=20)
-    events = [event async for event in streamed.stream_events()]
-    assert events
-    assert streamed.final_output
-    records = turns.records
-    assert len(records) >= 8
-    assert len({record.conversation_id for record in records}) == 1
-    assert records[0].conversation_id.startswith("agents-sdk:session:")
-    assert len({(record.lease_id, record.decoder_id) for record in records}) == 1
-    assert [record.migrated for record in records] == [True] + [False] * (len(records) - 1)
+    async with provider.conserve:
+        session = SQLiteSession(f"s-{uuid4().hex}")
+        for question in ("Add 1 and 2.", "Add 3 to that.", "And 4?"):
+            result = await Runner.run(_clerk(), question, session=session, run_config=_config(provider), max_turns=20)
+            assert result.final_output
+        streamed = Runner.run_streamed(_clerk(), "And 5?", session=session, run_config=_config(provider), max_turns=20)
+        events = [event async for event in streamed.stream_events()]
+        assert events
+        assert streamed.final_output
+        records = turns.records
+        assert len(records) >= 8
+        assert len({record.conversation_id for record in records}) == 1
+        assert records[0].conversation_id.startswith("agents-sdk:session:")
+        assert len({(record.lease_id, record.decoder_id) for record in records}) == 1
+        assert [record.migrated for record in records] == [True] + [False] * (len(records) - 1)
 
 
 async def test_without_a_session_each_run_is_its_own_conversation(
     provider: ConServeModelProvider, turns: TurnCollector
 ) -> None:
-    for _ in range(2):
-        await Runner.run(_clerk(), "Add 1 and 2.", run_config=_config(provider), max_turns=20)
-    assert len({record.conversation_id for record in turns.records}) == 2
-    assert all(record.conversation_id.startswith("agents-sdk:run:") for record in turns.records)
+    async with provider.conserve:
+        for _ in range(2):
+            await Runner.run(_clerk(), "Add 1 and 2.", run_config=_config(provider), max_turns=20)
+        assert len({record.conversation_id for record in turns.records}) == 2
+        assert all(record.conversation_id.startswith("agents-sdk:run:") for record in turns.records)
 
 
 async def test_group_of_a_run_is_its_conversation(provider: ConServeModelProvider, turns: TurnCollector) -> None:
-    for _ in range(2):
-        await Runner.run(
-            _clerk(), "Add 1 and 2.", run_config=_config(provider, group_id=f"g-{id(turns)}"), max_turns=20
-        )
-    assert len({record.conversation_id for record in turns.records}) == 1
+    async with provider.conserve:
+        for _ in range(2):
+            await Runner.run(
+                _clerk(), "Add 1 and 2.", run_config=_config(provider, group_id=f"g-{id(turns)}"), max_turns=20
+            )
+        assert len({record.conversation_id for record in turns.records}) == 1
 
 
 async def test_block_wins_over_the_session(provider: ConServeModelProvider, turns: TurnCollector) -> None:
-    name = f"block-{uuid4().hex[:8]}"
-    with conversation(name):
-        await Runner.run(
-            _clerk(), "Add.", session=SQLiteSession(uuid4().hex), run_config=_config(provider), max_turns=20
-        )
-    assert {record.conversation_id for record in turns.records} == {name}
+    async with provider.conserve:
+        name = f"block-{uuid4().hex[:8]}"
+        with conversation(name):
+            await Runner.run(
+                _clerk(), "Add.", session=SQLiteSession(uuid4().hex), run_config=_config(provider), max_turns=20
+            )
+        assert {record.conversation_id for record in turns.records} == {name}
 
 
 async def test_agent_as_tool_has_its_own_conversation(
     provider: ConServeModelProvider, turns: TurnCollector, stack: LocalStack
 ) -> None:
-    model = ConServeModel(stack.model, conserve=provider.conserve)
-    worker = Agent(name="worker", instructions="You work. " + LONG, model=model)
-    boss = Agent(
-        name="boss",
-        instructions="You delegate. " + LONG,
-        model=model,
-        tools=[worker.as_tool("work", "Do the work.")],
-    )
-    session = SQLiteSession(f"s-{uuid4().hex}")
-    result = await Runner.run(boss, "Get it done.", session=session, run_config=_config(provider), max_turns=20)
-    assert result.final_output
-    kinds = Counter(record.conversation_id.split(":")[1] for record in turns.records)
-    assert set(kinds) == {"session", "run"}
+    async with provider.conserve:
+        model = ConServeModel(stack.model, conserve=provider.conserve)
+        worker = Agent(name="worker", instructions="You work. " + LONG, model=model)
+        boss = Agent(
+            name="boss",
+            instructions="You delegate. " + LONG,
+            model=model,
+            tools=[worker.as_tool("work", "Do the work.")],
+        )
+        session = SQLiteSession(f"s-{uuid4().hex}")
+        result = await Runner.run(boss, "Get it done.", session=session, run_config=_config(provider), max_turns=20)
+        assert result.final_output
+        kinds = Counter(record.conversation_id.split(":")[1] for record in turns.records)
+        assert set(kinds) == {"session", "run"}
 
 
 def test_runner_still_asks_the_model_whether_it_wants_a_key() -> None:

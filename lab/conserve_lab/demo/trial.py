@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,9 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
             account_before, before = await _account(broker.url), await read_counters(fleet.urls)
             cpu_before_s = cpu_s(broker_threads)
             started_s = time.monotonic()
-            with _sdk(trial, broker_url=broker.url, collector=collector) as conserve, LagMeter() as lag:
+            async with AsyncExitStack() as stack:
+                lag = stack.enter_context(LagMeter())
+                conserve = await stack.enter_async_context(_sdk(trial, broker.url, collector))
                 progress = Progress(
                     COLUMNS[trial.variant], conversations=len(trial.tasks), broker_url=broker.url, turns=collector
                 )
@@ -101,7 +104,7 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
                     runs = await _run(trial, agents_on(fleet, conserve, trial.settings, folder), progress)
                 elapsed_s = time.monotonic() - started_s
                 await asyncio.to_thread(conserve.flush)
-            migrated = sum(record.migrated for record in collector.records)
+            migrated = len({record.lease_id for record in collector.records if record.migrated})  # counted once a lease
             account = await settled_account(broker.url, migrations=account_before.migrations_total + migrated)
             broker_cpu_s = _since(cpu_s(broker_threads), cpu_before_s)
             after = await read_counters(fleet.urls)
@@ -124,9 +127,9 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
 async def _warm_up(trial: Trial, fleet: RunningFleet, broker_url: str, folder: Path) -> None:
     """Hold one short conversation that is not counted: what is made at the first use shall not be measured."""
     task = Task(conversation_id="warm-up", arrival_s=0.0, prompt="Read the rules.", seed=0, turns=2)
-    with _sdk(trial, broker_url=broker_url, collector=TurnCollector()) as conserve:
+    async with _sdk(trial, broker_url, TurnCollector()) as conserve:
         await run_agents([task], agent_for=agents_on(fleet, conserve, trial.settings, folder))
-        await asyncio.to_thread(conserve.release, task.conversation_id)
+        await conserve.arelease(task.conversation_id)
         await asyncio.to_thread(conserve.flush)
 
 
@@ -179,7 +182,7 @@ async def _run(trial: Trial, agent_for: AgentFactory, progress: Progress) -> lis
         raise DemoError(f"{trial.variant}: not done after {limit}; is the machine busy?") from None
 
 
-def _sdk(trial: Trial, *, broker_url: str, collector: TurnCollector) -> ConServe:
+def _sdk(trial: Trial, broker_url: str, collector: TurnCollector) -> ConServe:
     if trial.variant is Variant.PER_TURN:
         return ConServe(broker_url, on_turn=collector, planner=PerTurnPlanner())
     return ConServe(broker_url, on_turn=collector)
