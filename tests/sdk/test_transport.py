@@ -27,6 +27,7 @@ from conserve_sdk import (
 from conserve_sdk.core import PAPER, BrokerSettings, EngineSpec, Role
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens, TransferGroup
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, deny_network
+from conserve_sdk.transport import _pools
 
 MODEL = "emulated"
 
@@ -396,3 +397,31 @@ def test_nothing_but_the_given_transports_is_used() -> None:
     ):
         c.openai_client().chat.completions.create(model="test-model", messages=prompt("x"))
         c.flush()
+
+
+def test_cancelled_turns_leave_the_pool_and_the_leases_whole(server, counted, monkeypatch) -> None:
+    monkeypatch.setattr(_pools, "LIMITS", httpx2.Limits(max_connections=5, keepalive_expiry=4.0))
+
+    async def once(number: int) -> None:
+        client = counted.async_openai_client(max_retries=0)
+        with conversation(f"c{number % 7}"):
+            stream = await client.chat.completions.create(model=MODEL, messages=prompt("c"), stream=True)
+            assert [chunk async for chunk in stream]
+
+    async def go() -> None:
+        for number in range(150):
+            task = asyncio.ensure_future(once(number))
+            for _ in range(number % 50):  # a different await each time
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()  # and once more while it cleans up
+            await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            for number in range(10):
+                group.create_task(once(number))
+        await counted.aclose()
+
+    asyncio.run(go())
+    assert counted._runtime.kit.registry._flights == {}
+    assert not counted._runtime.kit._running
