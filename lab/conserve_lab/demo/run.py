@@ -29,6 +29,9 @@ from conserve_lab.demo.workspace import Workspace
 
 Figures = dict[str, Any]
 
+BUSY_LAG_MS = 10.0
+"""A machine that wakes its threads later than this is too busy to compare times on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -67,7 +70,7 @@ def run_demo(settings: DemoSettings, *, console: Console) -> int:
             outcomes[variant] = _run_variant(variant, settings, tasks, source=source, console=console)
         equality = _equality(source, outcomes[Variant.CONSERVE], settings)
     by_variant = {name: outcome.figures for name, outcome in outcomes.items()}
-    _judge(by_variant[Variant.CONSERVE], equality)
+    judge(by_variant[Variant.CONSERVE], equality)
     print_report(
         console, by_variant, engine_counts={name: outcome.fleet.description for name, outcome in outcomes.items()}
     )
@@ -93,7 +96,7 @@ def _run_variant(
         return Outcome(figures=found, fleet=fleet, runs=tuple(seen.runs))
 
 
-def _judge(found: Figures, equality: Equality | None) -> None:
+def judge(found: Figures, equality: Equality | None) -> None:
     """Add to the demo's own errors what its run must show beyond the audit."""
     problems: list[str] = found["error_details"]
     if found["follow_up_turns_on_prefiller"]:
@@ -145,6 +148,10 @@ def _about(settings: DemoSettings, outcomes: Mapping[str, Outcome], equality: Eq
 
 def _say_closing(console: Console, by_variant: Mapping[str, Figures], about: Mapping[str, Any]) -> None:
     found = by_variant[Variant.CONSERVE]
+    if max(other["machine_lag_ms"] or 0 for other in by_variant.values()) > BUSY_LAG_MS:
+        console.print(
+            "This machine was busy: the counts hold, the times of the runs cannot be compared.", style="yellow"
+        )
     if "greedy_compared_turns" in about:
         console.print(
             f"greedy answers equal to the aggregated server: {about['greedy_equal_turns']} of "

@@ -1,0 +1,13 @@
+"""Without the extra, the import names it."""
+
+import importlib
+import sys
+
+import pytest
+
+
+def test_import_without_langgraph_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "conserve_langgraph")
+    monkeypatch.setitem(sys.modules, "langchain_openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'conserve-sdk\[langgraph\]'"):
+        importlib.import_module("conserve_langgraph")
