@@ -141,9 +141,8 @@ async def test_eight_conversations_at_once_migrate_once_each_and_leave_nothing_b
     assert counted.decoders.transfers == counted.prefiller.requests == CONVERSATIONS
     assert sum(record.migrated for record in records) == CONVERSATIONS
     assert not any(record.error or record.loss for record in records)
-    assert {record.decoder_id for record in records} == {"d0", "d1"}
     for engine_id in ("p0", "d0", "d1"):  # the prefiller's were fetched, the decoders' holds end by themselves
-        stage.raw.settled(engine_id, lambda now: now.kv_used_tokens == 0, budget_s=60.0)
+        stage.raw.settled(engine_id, lambda now: now.kv_used_tokens == 0, budget_s=90.0)
 
 
 async def test_with_the_default_preset_sdk_broker_and_engines_count_the_same_migrations(stage):

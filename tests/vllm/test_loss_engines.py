@@ -3,6 +3,8 @@
 Budgets are those of a loaded two-core machine; `Conversation` compares each answer with the aggregated server.
 """
 
+from collections import Counter
+
 import anyio
 import httpx2
 import openai
@@ -125,10 +127,11 @@ async def test_eight_conversations_survive_the_death_of_a_decoder(stage, fleet):
 
         with anyio.fail_after(100):
             await everyone(1)
-            assert {record.decoder_id for record in stage.turns.records} == {"d0", "d1"}
+            # Which decoder got more depends on what earlier tests left behind; the one with most shall die.
+            (victim, _), *_ = Counter(record.decoder_id for record in stage.turns.records).most_common()
             async with anyio.create_task_group() as group:
                 group.start_soon(everyone, 2)
-                group.start_soon(anyio.to_thread.run_sync, fleet.kill, "d0")
+                group.start_soon(anyio.to_thread.run_sync, fleet.kill, victim)
 
     assert [len(talk.said) for talk in talks] == [3] * 8
     records = stage.turns.records
@@ -136,7 +139,7 @@ async def test_eight_conversations_survive_the_death_of_a_decoder(stage, fleet):
     assert any(record.failovers for record in records)
     assert all(record.loss == "decoder_failed" for record in records if record.failovers)
     last = {record.conversation_id: record for record in records}
-    assert {record.decoder_id for record in last.values()} == {"d1"}
+    assert victim not in {record.decoder_id for record in last.values()}
 
 
 def test_an_engine_without_a_connector_configured_as_a_prefiller(stage, fleet):
