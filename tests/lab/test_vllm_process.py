@@ -3,12 +3,13 @@
 import os
 import socket
 import sys
+import threading
 
 import pytest
 
 from conserve_lab.vllm import ModelShape, VllmStartError
 from conserve_lab.vllm._model import _publish, eos_token_id, make_model
-from conserve_lab.vllm._ports import FIRST, LAST, free_ports
+from conserve_lab.vllm._ports import FIRST, LAST, free_ports, wait_free
 from conserve_lab.vllm._process import CommandFailedError, stream
 
 PYTHON = sys.executable
@@ -105,3 +106,20 @@ def test_two_makers_of_the_same_model_agree(tmp_path, model_python):
 def test_the_kv_of_a_token_follows_from_the_shape():
     assert ModelShape().kv_bytes_per_token == 512
     assert ModelShape(layers=4, kv_heads=2).kv_bytes_per_token == 2048
+
+
+def test_a_port_that_somebody_took_meanwhile_is_waited_for():
+    (port,) = free_ports(1)
+    wait_free([port], timeout_s=0.0)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(VllmStartError, match=f"port {port} is taken"):
+        wait_free([port], timeout_s=0.0)
+    wait_free([port], timeout_s=30.0)
+
+
+def test_a_port_that_comes_free_is_good():
+    (port,) = free_ports(1)
+    taken = socket.create_server(("127.0.0.1", port))
+    release = threading.Timer(0.3, taken.close)
+    release.start()
+    wait_free([port], timeout_s=30.0)
+    release.join()

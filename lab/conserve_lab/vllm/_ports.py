@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Sequence
 
 from conserve_lab.vllm.errors import VllmStartError
 
-__all__ = ["free_ports"]
+__all__ = ["free_ports", "wait_free"]
 
 # Below the kernel's ephemeral range: no outgoing connection can take the port of an engine that is being restarted.
 FIRST, LAST = 20_000, 32_000
+POLL_INTERVAL_S = 0.1
 
 
 def free_ports(count: int) -> list[int]:
@@ -37,6 +40,19 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             return found
     raise VllmStartError(f"no {count} free ports between {FIRST} and {LAST}; stop some servers")
+
+
+def wait_free(ports: Sequence[int], *, timeout_s: float) -> None:
+    """Return once nobody listens on the ports: a killed engine's, or whoever took them while it was down.
+
+    Raises:
+        VllmStartError: Somebody still does after this time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while taken := [port for port in ports if not _is_free(port)]:
+        if time.monotonic() > deadline:
+            raise VllmStartError(f"port {taken[0]} is taken by another process; stop that, or start the fleet anew")
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _is_free(port: int) -> bool:

@@ -26,7 +26,7 @@ from conserve_lab.vllm._engine import (
 )
 from conserve_lab.vllm._launcher import SCRIPT, Launcher
 from conserve_lab.vllm._model import ModelShape, eos_token_id, make_model
-from conserve_lab.vllm._ports import free_ports
+from conserve_lab.vllm._ports import free_ports, wait_free
 from conserve_lab.vllm.counters import EngineCounters, parse_counters
 from conserve_lab.vllm.errors import VllmEngineDiedError, VllmMissingError, VllmStartError
 from conserve_lab.vllm.install import is_installed, python_of
@@ -202,11 +202,13 @@ class VllmFleet:
         """Kill an engine if it runs, start it anew on the same ports with an empty cache, and wait for it.
 
         Raises:
-            VllmStartError: It is not healthy within the budget.
+            VllmStartError: It is not healthy within the budget, or its ports are taken.
             VllmEngineDiedError: It ended while starting.
         """
         name = self._id(engine_id)
         self.kill(name)
+        spec = self._specs[name]
+        wait_free([port for port in (spec.port, spec.side_channel_port) if port], timeout_s=KILL_BUDGET_S)
         self._engines[name] = self._when_healthy(name, pid=self._launch(name))
         return self._engines[name]
 
