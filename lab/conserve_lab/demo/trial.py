@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.baselines import PerTurnPlanner
 from conserve_lab.demo.agent import Agent, AgentFactory, AgentRun, build_agent, run_agents
-from conserve_lab.demo.counters import read_counters
+from conserve_lab.demo.counters import EngineCounters, read_counters, total
 from conserve_lab.demo.cpu import LagMeter, cpu_s, thread_ids
 from conserve_lab.demo.errors import DemoError
 from conserve_lab.demo.figures import Observation, Variant
@@ -32,7 +32,7 @@ from conserve_lab.demo.workspace import Workspace
 from conserve_langgraph import ConServeChat
 from conserve_sdk import ConServe
 from conserve_sdk.protocol import FleetInfo
-from conserve_sdk.telemetry import TurnCollector
+from conserve_sdk.telemetry import TurnCollector, TurnRecord
 
 SETTLE_BUDGET_S = 10.0
 _POLL_S = 0.1
@@ -107,14 +107,14 @@ async def run_trial(trial: Trial, fleet: RunningFleet, *, console: Console) -> O
             migrated = len({record.lease_id for record in collector.records if record.migrated})  # counted once a lease
             account = await settled_account(broker.url, migrations=account_before.migrations_total + migrated)
             broker_cpu_s = _since(cpu_s(broker_threads), cpu_before_s)
-            after = await read_counters(fleet.urls)
+            counters = await settled_counters(fleet.urls, before, requests=_requests_sent(collector.records))
     return Observation(
         variant=trial.variant,
         engine=fleet.kind,
         preset=trial.preset,
         runs=runs,
         records=collector.records,
-        counters={engine_id: after[engine_id] - before[engine_id] for engine_id in after},
+        counters=counters,
         prefiller_ids=fleet.prefiller_ids,
         broker_grants=account.grants_total - account_before.grants_total,
         broker_migrations=account.migrations_total - account_before.migrations_total,
@@ -161,6 +161,26 @@ async def settled_account(broker_url: str, *, migrations: int) -> FleetInfo:
         if account.migrations_total >= migrations or time.monotonic() > deadline_s:
             return account
         await asyncio.sleep(_POLL_S)
+
+
+async def settled_counters(
+    urls: Mapping[str, str], before: Mapping[str, EngineCounters], *, requests: int
+) -> dict[str, EngineCounters]:
+    """Return what the engines counted since `before`, once it is so many requests, or as it is after a while.
+
+    An engine counts a request after its last bytes are on their way, so that the client may be ahead of it.
+    """
+    deadline_s = time.monotonic() + SETTLE_BUDGET_S
+    while True:
+        after = await read_counters(urls)
+        counted = {engine_id: after[engine_id] - before[engine_id] for engine_id in after}
+        if total(counted.values()).requests >= requests or time.monotonic() > deadline_s:
+            return counted
+        await asyncio.sleep(_POLL_S)
+
+
+def _requests_sent(records: Sequence[TurnRecord]) -> int:
+    return len(records) + sum(1 for record in records if record.prefill_engine_id)
 
 
 async def _account(broker_url: str) -> FleetInfo:

@@ -20,7 +20,7 @@ from conserve_lab.demo.plain_http import plain_client
 from conserve_sdk.protocol import EngineInfo, FleetInfo
 from conserve_sdk.telemetry import TurnCollector
 
-_BAR_WIDTH = 24
+_BAR_WIDTH = 16
 _PLAIN_INTERVAL_S = 2.0
 _LIVE_INTERVAL_S = 0.25
 
@@ -123,7 +123,7 @@ def render(snapshot: Snapshot) -> RenderableType:
 
 def _engines(engines: Sequence[EngineInfo]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("engine", "role", "state", "KV leased", "", "KV used", "leases", "running", "waiting"):
+    for column in ("engine", "role", "state", "KV leased", "", "used", "leases", "run", "wait"):
         table.add_column(column)
     for engine in engines:
         capacity = engine.kv_capacity_tokens or 1
