@@ -79,11 +79,13 @@ def broker_settings(placement: PlacementSettings) -> BrokerSettings:
 class BrokerMachine(RuleBasedStateMachine):
     """Everything that clients, engines, operators and the clock can do."""
 
-    @initialize(placement=st.sampled_from([PAPER, DEFAULT, DEFAULT, AFFINITY]))
-    def start(self, placement: PlacementSettings) -> None:
+    placement: PlacementSettings
+
+    @initialize()
+    def start(self) -> None:
         self.now_ms = 0
         self.serial = 0
-        self.settings = broker_settings(placement)
+        self.settings = broker_settings(self.placement)
         self.oracle = Oracle(self.settings)
         self.broker, self.twin = Broker(self.settings), Broker(self.settings)
         self._configure(FLEET)
@@ -373,8 +375,29 @@ class BrokerMachine(RuleBasedStateMachine):
         return self.broker.lease(lease.lease_id) or lease
 
 
+class PaperMachine(BrokerMachine):
+    """Most leases migrate."""
+
+    placement = PAPER
+
+
+class DefaultMachine(BrokerMachine):
+    """The score decides, and a watermark below the capacity."""
+
+    placement = DEFAULT
+
+
+class AffinityMachine(BrokerMachine):
+    """No lease migrates."""
+
+    placement = AFFINITY
+
+
 # A failing history is shown as found: shrinking it would take longer than a test may.
-BrokerMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
-)
-TestBroker = BrokerMachine.TestCase
+for _machine in (PaperMachine, DefaultMachine, AffinityMachine):
+    _machine.TestCase.settings = settings(
+        max_examples=20, stateful_step_count=50, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
+    )
+TestPaper = PaperMachine.TestCase
+TestDefault = DefaultMachine.TestCase
+TestAffinity = AffinityMachine.TestCase
