@@ -1,7 +1,7 @@
 """Disaggregated prefill, turn by turn, at its best: what ConServe is compared with.
 
 Every turn is prefilled on a prefiller and its KV moved to a decoder. A strong version of it: the conversation keeps its
-decoder and its prefiller, so that the prefiller computes only what its own prefix cache lacks and the decoder pulls only
+decoder and its prefiller, so the prefiller computes only what its own prefix cache lacks and the decoder pulls only
 the blocks it has not got. It runs through the SDK's own legs and under the same admission.
 """
 
