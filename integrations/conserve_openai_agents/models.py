@@ -50,7 +50,7 @@ class ConServeModel(OpenAIChatCompletionsModel):
     async def get_response(
         self,
         system_instructions: str | None,
-        input: str | list[TResponseInputItem],  # noqa: A002 - the base class names it so
+        input: str | list[TResponseInputItem],
         model_settings: ModelSettings,
         *args: Any,
         **kwargs: Any,
@@ -62,7 +62,7 @@ class ConServeModel(OpenAIChatCompletionsModel):
     def stream_response(
         self,
         system_instructions: str | None,
-        input: str | list[TResponseInputItem],  # noqa: A002 - the base class names it so
+        input: str | list[TResponseInputItem],
         model_settings: ModelSettings,
         *args: Any,
         **kwargs: Any,
