@@ -9,13 +9,23 @@ looking: a prompt of other tokens answers with wrong text, a longer one ends the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from conserve_sdk._kind import Kind
 
-__all__ = ["BadBody", "TurnBody", "decode_leg", "kind_of", "prefill_leg", "read_body", "wire_path"]
+__all__ = [
+    "BadBody",
+    "TurnBody",
+    "decode_leg",
+    "kind_of",
+    "prefill_leg",
+    "read_body",
+    "wire_path",
+    "without_transfer",
+]
 
 JsonObject = dict[str, Any]
 
@@ -26,6 +36,9 @@ _SUFFIXES: tuple[tuple[str, Kind], ...] = (
 )
 
 TRANSFER_KEY = "kv_transfer_params"
+
+_MODEL = re.compile(r"[\x21-\x7e]{1,256}")
+"""What the broker takes as the name of a model (`protocol.Identifier`)."""
 
 _PREFILL_DROPS = frozenset(
     {
@@ -102,6 +115,8 @@ def read_body(kind: Kind, raw: bytes) -> TurnBody:
     model = data.get("model")
     if not isinstance(model, str) or not model:
         raise BadBody("the request body must name its 'model'")
+    if not _MODEL.fullmatch(model):
+        raise BadBody(f"'model' must be 1 to 256 printable ASCII characters without blanks, not {model[:80]!r}")
     stripped = _strip(data)
     return TurnBody(
         kind=kind,
@@ -145,6 +160,28 @@ def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
     return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), _dump(params), comma, rest)
 
 
+def without_transfer(raw: bytes) -> bytes:
+    """The body of a request that is no turn, without transfer params, however deep they stand.
+
+    Several of vLLM's other routes take them too (`/v1/messages`, `/v1/chat/completions/batch`, ...).
+    """
+    if TRANSFER_KEY.encode() not in raw and b"\\u" not in raw:
+        return raw
+    try:
+        data = json.loads(raw)
+    except ValueError:
+        return raw  # no JSON (a form with a file): nothing that an engine would read them from
+    return _dump(data) if _strip_deep(data) else raw
+
+
+def _strip_deep(node: object) -> bool:
+    found = isinstance(node, dict) and node.pop(TRANSFER_KEY, ...) is not ...
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        found = _strip_deep(child) or found
+    return found
+
+
 def _strip(data: JsonObject) -> bool:
     found = data.pop(TRANSFER_KEY, ...) is not ...  # even a null would stand beside ours, and the last one wins
     # vLLM merges `vllm_xargs` into the same dictionary that carries the params to its scheduler.
@@ -171,8 +208,23 @@ def _local_because(kind: Kind, data: JsonObject) -> str:
         # Lives in the memory of the engine that made it.
         "stored_response": kind is Kind.RESPONSES and (data.get("previous_response_id") or data.get("background")),
         "no_output": data.get("max_tokens") == 0,
+        # vLLM cuts to another length where the output is limited, as it is on the prefill leg only
+        # (0.32, `renderers/params.py`, `max_truncation_tokens`).
+        "truncated_prompt": data.get("truncate_prompt_tokens") is not None
+        or data.get("truncation") not in (None, "disabled"),
+        # Each engine would fetch it for itself, and nothing says that both get the same.
+        "remote_media": _has_remote_media(data.get("messages")) or _has_remote_media(data.get("input")),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
+
+
+def _has_remote_media(items: object) -> bool:
+    """Whether a message refers to an image, a sound, a video or a file by address instead of holding it."""
+    contents = [item.get("content") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    values = [value for part in parts for key, value in part.items() if key.endswith("_url")]
+    urls = [value.get("url") if isinstance(value, dict) else value for value in values]
+    return any(isinstance(url, str) and not url.startswith("data:") for url in urls)
 
 
 def _above_one(value: object) -> bool:

@@ -34,6 +34,7 @@ class TransferTicket:
 
     Attributes:
         lease_id: the lease whose prefill leg made the params.
+        deadline_ms: from then on they may not be sent.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TransferTicket:
         self._params: dict[str, Any] | None = dict(params)
         if token_ids is not None:
             self._params["prompt_token_ids"] = token_ids
-        self._deadline_ms = deadline_ms
+        self.deadline_ms = deadline_ms
         self._lock = threading.Lock()
 
     def redeem(self, *, lease_id: str, now_ms: int, hold: bool) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class TransferTicket:
             raise TransferRefused("transfer_used", "these transfer params were already sent once")
         if lease_id != self.lease_id:
             raise TransferRefused("transfer_foreign", f"made for lease {self.lease_id}, not for {lease_id}")
-        if now_ms >= self._deadline_ms:
+        if now_ms >= self.deadline_ms:
             raise TransferRefused("transfer_expired", "the prefiller may have re-used the blocks by now")
         return _held(params) if hold else params
 

@@ -12,6 +12,8 @@ from conserve_sdk.errors import ConfigError, TurnTimeout
 
 __all__ = ["Budget", "Timeouts"]
 
+REACH_PHASES = ("pool", "connect", "write")
+"""The parts of a hop, by httpx2's names, after which the engine has the whole request."""
 UNBOUNDED_MS = 86_400_000
 """What "no timeout" means where a number is needed: a day."""
 
@@ -86,8 +88,20 @@ class Budget:
         spent = TurnTimeout("the turn's time budget ran out before its first byte", budget_ms=self.total_ms)
         raise httpx2.ReadTimeout(str(spent)) from spent
 
-    def hop(self, *, at_most_ms: int | None = None) -> dict[str, float | None]:
-        """Timeouts for the next hop, as httpx2's `extensions["timeout"]`."""
+    def hop(self, *, at_most_ms: int | None = None, reach_ms: int | None = None) -> dict[str, float | None]:
+        """Timeouts for the next hop, as httpx2's `extensions["timeout"]`.
+
+        Args:
+            at_most_ms: bounds each of them.
+            reach_ms: bounds what comes before the engine has the whole request, each part by this.
+        """
+        limits = self._hop(at_most_ms)
+        if reach_ms is not None:
+            reach_s = reach_ms / 1000
+            limits |= {phase: min(limits[phase] or reach_s, reach_s) for phase in REACH_PHASES}
+        return limits
+
+    def _hop(self, at_most_ms: int | None) -> dict[str, float | None]:
         left_s = min(self.left_ms(), at_most_ms or UNBOUNDED_MS) / 1000
         if self.total_ms == UNBOUNDED_MS and at_most_ms is None:
             return dict(self._limits)

@@ -13,7 +13,7 @@ from conserve_sdk._bodies import TurnBody, decode_leg, prefill_leg
 from conserve_sdk._kind import Kind
 from conserve_sdk._kv_params import HOLD, PREFILL, TransferRefused, TransferTicket, read_ticket
 from conserve_sdk._tracker import TurnTracker
-from conserve_sdk._turn.budget import Budget
+from conserve_sdk._turn.budget import REACH_PHASES, Budget
 from conserve_sdk._turn.effects import Discard, Flow, Opened, fetch, open_response
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
@@ -33,6 +33,8 @@ APPLICATIONS_OWN = frozenset({401, 403, 429})
 BROKEN = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteProtocolError)
 """The connection broke before the first byte: the engine died, or had closed an idle connection just then."""
 UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout)
+REACHING = {httpx2.PoolTimeout: "pool", httpx2.ConnectTimeout: "connect", httpx2.WriteTimeout: "write"}
+"""Too late before the engine had the whole request, and which limit says so."""
 
 
 class DecoderDown(Exception):  # noqa: N818 -- says what happened
@@ -156,9 +158,19 @@ class Legs:
         except TransferRefused as refused:
             turn.lost(refused.loss)
             return None
+        # The deadline is one for arriving there: waiting for a connection must not carry the params past it.
+        reach_ms = max((ticket.deadline_ms - self._kit.now_ms()) // len(REACH_PHASES), 1)
         try:
-            opened = yield from self._open(place, params)
-        except UNREACHABLE as error:
+            opened = yield from self._open(place, params, reach_ms=reach_ms)
+        except tuple(REACHING) as error:
+            own_s = self._budget.hop()[REACHING[type(error)]]
+            if own_s is None or own_s * 1000 > reach_ms:  # it was the transfer's time that ran out, not the request's
+                turn.lost("transfer_expired")
+                return None
+            if not isinstance(error, httpx2.ConnectTimeout):
+                raise
+            raise DecoderDown(f"{type(error).__name__}: {error}", error=error) from error
+        except httpx2.ConnectError as error:
             raise DecoderDown(f"{type(error).__name__}: {error}", error=error) from error
         except BROKEN as error:
             self._transfer_failed(place, f"{type(error).__name__}: {error}")
@@ -201,10 +213,11 @@ class Legs:
         except BROKEN:
             return (yield from self._open(place, params))
 
-    def _open(self, place: Place, params: Mapping[str, Any] | None) -> Flow[Opened]:
+    def _open(self, place: Place, params: Mapping[str, Any] | None, *, reach_ms: int | None = None) -> Flow[Opened]:
         turn = self._turn
         turn.held = bool(params and params.get("do_remote_decode"))
-        opened = yield from open_response(self._request(place.plan.decoder, decode_leg(self._body, params)))
+        request = self._request(place.plan.decoder, decode_leg(self._body, params), reach_ms=reach_ms)
+        opened = yield from open_response(request)
         streamed = opened.response.headers.get("content-type", "").startswith("text/event-stream")
         turn.tracker = TurnTracker(self._body.kind, streamed=streamed)
         turn.streamed = streamed
@@ -214,7 +227,9 @@ class Legs:
 
     # ---- pieces -----------------------------------------------------------------------------------------------
 
-    def _request(self, engine: Binding, content: bytes, *, at_most_ms: int | None = None) -> httpx2.Request:
+    def _request(
+        self, engine: Binding, content: bytes, *, at_most_ms: int | None = None, reach_ms: int | None = None
+    ) -> httpx2.Request:
         turn = self._turn
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
@@ -226,7 +241,7 @@ class Legs:
             base=engine.url,
             path=self._path,
             content=content,
-            timeout=self._budget.hop(at_most_ms=at_most_ms),
+            timeout=self._budget.hop(at_most_ms=at_most_ms, reach_ms=reach_ms),
             headers=headers,
         )
 

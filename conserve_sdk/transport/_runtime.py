@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
 import httpx2
 
-from conserve_sdk._bodies import BadBody, kind_of, read_body
+from conserve_sdk._bodies import BadBody, kind_of, read_body, without_transfer
 from conserve_sdk._broker_client import AsyncBrokerClient, SyncBrokerClient
 from conserve_sdk._drive import AsyncPerformer, SyncPerformer
 from conserve_sdk._fork import call_in_forked_child
@@ -73,6 +74,7 @@ class Runtime:
         kind = kind_of(request.method, request.url.path)
         if kind is None:
             conversation = resolve_conversation(request.headers)
+            content = without_transfer(content)
             return relay_flow(self.kit, original=request, content=content, conversation=conversation, budget=budget)
         try:
             body = read_body(kind, content)
@@ -104,7 +106,8 @@ class Runtime:
         await self.async_broker.aclose()
         if isinstance(self.async_engines, AsyncEnginePool):
             await self.async_engines.aclose()
-        self.close()
+        # In a thread: it waits for the reports, and the broker may live in this very loop (tests do that).
+        await asyncio.to_thread(self.close)
 
     def _after_fork(self) -> None:
         self.kit.after_fork()
