@@ -35,6 +35,9 @@ from conserve_sdk.protocol import (
 
 __all__ = ["AsyncBrokerClient", "SyncBrokerClient"]
 
+LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
+"""Not httpx2's hundred: so many first turns may well wait for admission, and renewals must not wait behind them."""
+
 _T = TypeVar("_T")
 _Make = Callable[[int], BrokerCall]
 _Parse = Callable[[BrokerCall, httpx2.Response], _T]
@@ -137,7 +140,9 @@ class SyncBrokerClient:
     def _http(self) -> httpx2.Client:
         with self._lock:
             if self._client is None:
-                transport = self._transport or httpx2.HTTPTransport(verify=verify_for(self._brokers.urls))
+                transport = self._transport or httpx2.HTTPTransport(
+                    verify=verify_for(self._brokers.urls), limits=LIMITS
+                )
                 self._client = httpx2.Client(transport=transport, headers=self._headers)
             return self._client
 

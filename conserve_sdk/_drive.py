@@ -47,7 +47,7 @@ class SyncPerformer:
     broker: SyncBrokerClient
     clock_us: Callable[[], int]
 
-    def perform(self, effect: Effect) -> object:
+    def perform(self, effect: Effect) -> object:  # noqa: PLR0911 -- one per effect
         """Do what the flow asks for and return the answer; errors go back into the flow."""
         match effect:
             case Acquire():
@@ -55,7 +55,7 @@ class SyncPerformer:
             case Supersede():
                 return self.broker.supersede(effect.lease_id, effect.request, budget_ms=effect.budget_ms)
             case Park():
-                self.broker.park(effect.lease_id, effect.token)
+                return self.broker.park(effect.lease_id, effect.token)
             case Release():
                 self.broker.release(effect.lease_id, effect.token)
             case Fetch():
@@ -95,7 +95,7 @@ class AsyncPerformer:
     broker: AsyncBrokerClient
     clock_us: Callable[[], int]
 
-    async def perform(self, effect: Effect) -> object:
+    async def perform(self, effect: Effect) -> object:  # noqa: PLR0911 -- one per effect
         """Do what the flow asks for and return the answer; errors go back into the flow."""
         match effect:
             case Acquire():
@@ -103,7 +103,7 @@ class AsyncPerformer:
             case Supersede():
                 return await self.broker.supersede(effect.lease_id, effect.request, budget_ms=effect.budget_ms)
             case Park():
-                await self.broker.park(effect.lease_id, effect.token)
+                return await self.broker.park(effect.lease_id, effect.token)
             case Release():
                 await self.broker.release(effect.lease_id, effect.token)
             case Fetch():

@@ -146,6 +146,8 @@ class Reporter:
         """
         with self._changed:
             target, failures = self._submitted, self._failures
+            if self._settled >= target:
+                return True  # and no thread is started for it: Python 3.12 starts none while it shuts down
             self._urgent = bool(self._queue)
             self._retry_at_ms = 0
             if self._threaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import threading
 import weakref
@@ -26,6 +27,9 @@ BASE_URL = "http://conserve.invalid/v1"
 
 NO_KEY = "EMPTY"
 """vLLM's word for "no API key". Set, so that a key for another service in the environment goes nowhere."""
+
+TELL_S = 2.0
+"""Reports of turns that are over go before a park or a release, if the broker takes them in this time."""
 
 _live: weakref.WeakSet[Runtime] = weakref.WeakSet()
 _shared: dict[Hashable, ConServe] = {}
@@ -105,21 +109,25 @@ class ConServe:
         A lease that is not given back expires by itself, and a conversation goes on whenever it wants to: its next
         turn is a first turn then. A broker that cannot be reached is no error.
         """
+        self._tell()
         flow = release_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return drive(flow, self._runtime.performer.perform)
 
     async def arelease(self, conversation_id: str) -> int:
         """The async twin of `release`."""
+        await asyncio.to_thread(self._tell)
         flow = release_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return await adrive(flow, self._runtime.async_performer.perform)
 
     def park(self, conversation_id: str) -> int:
         """Tell that a conversation waits for a human, so that no engine keeps its KV for long; returns how many."""
+        self._tell()
         flow = park_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return drive(flow, self._runtime.performer.perform)
 
     async def apark(self, conversation_id: str) -> int:
         """The async twin of `park`."""
+        await asyncio.to_thread(self._tell)
         flow = park_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return await adrive(flow, self._runtime.async_performer.perform)
 
@@ -137,12 +145,14 @@ class ConServe:
                 another process may go on with; one that nobody uses expires.
         """
         if release and not self._runtime.closed:
+            self._tell()
             drive(release_all_flow(self._runtime.kit), self._runtime.performer.perform)
         self._runtime.close()
 
     async def aclose(self, *, release: bool = False) -> None:
         """The async twin of `close`; closes the running event loop's connections too."""
         if release and not self._runtime.closed:
+            await asyncio.to_thread(self._tell)
             await adrive(release_all_flow(self._runtime.kit), self._runtime.async_performer.perform)
         await self._runtime.aclose()
 
@@ -170,6 +180,10 @@ class ConServe:
         self._start(settings)  # unpickled elsewhere: the same options, leases and connections of its own
 
     # ---- pieces -----------------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Report the turns so far: a report that came after a park would wake the lease, after a release be lost."""
+        self._runtime.reporter.flush(TELL_S)
 
     def _timeout(self) -> httpx2.Timeout:
         timeouts = self._runtime.settings.timeouts

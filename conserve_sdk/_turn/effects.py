@@ -33,7 +33,7 @@ class Supersede:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Park:
-    """Tell the broker that the conversation waits for a human; answered with None."""
+    """Tell the broker that the conversation waits for a human; answered with a `LeaseStatus`."""
 
     lease_id: str
     token: str

@@ -98,6 +98,10 @@ class TurnFlow:
             if down.error is not None:
                 raise down.error from error
             return False
+        except BaseException:  # cancelled meanwhile: nobody else knows of that response
+            if down.opened is not None:
+                yield Discard(opened=down.opened)
+            raise
         if down.opened is not None:
             yield Discard(opened=down.opened)
         return True

@@ -8,7 +8,7 @@ from conserve_sdk._turn.effects import Flow, Park, Release
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import BrokerError, LeaseError
-from conserve_sdk.protocol import LeaseGrant
+from conserve_sdk.protocol import LeaseGrant, LeaseStatus
 
 __all__ = ["park_flow", "release_all_flow", "release_flow"]
 
@@ -33,9 +33,12 @@ def park_flow(kit: TurnKit, *, conversation: ConversationId) -> Flow[int]:
     for view in kit.registry.views(conversation, now_ms=kit.now_ms()):
         if not view.live or view.grant is None:
             continue
+        sent_at_ms = kit.now_ms()
         try:
-            yield Park(lease_id=view.grant.lease_id, token=view.grant.token)
-            parked += 1
+            status = yield Park(lease_id=view.grant.lease_id, token=view.grant.token)
+            assert isinstance(status, LeaseStatus)
+            kit.registry.apply_status(status, sent_at_ms=sent_at_ms)
+            parked += status.verdict == "ok"
         except (BrokerError, LeaseError) as error:
             log.info("park_failed lease_id=%s error=%s", view.grant.lease_id, error)
     return parked
