@@ -104,9 +104,10 @@ def test_a_streamed_prefill_leg_returns_no_params(raw):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with", "without"])
-def test_a_held_pull_that_fails_waits_for_ever_for_the_tokens_it_was_promised(raw, fleet, kept):
-    # Rule: a request that is both pulled and held goes without `remote_num_tokens`.
-    raw.migrate(raw.body(raw.task(f"met {kept}")))  # so that no handshake with a dead prefiller takes its 5 s
+def test_a_held_pull_that_fails_waits_for_ever_for_the_tokens_it_was_promised(raw, fleet, victim, kept):
+    # Rule: a request that is both pulled and held goes without `remote_num_tokens`. When the client has left, the
+    # request is gone, but not its blocks: they stay in use until the engine restarts.
+    raw.migrate(raw.body(raw.task(f"met {kept}")), decoder=victim)  # a first handshake with the dead would take 5 s
     body = raw.body(raw.task(f"held pull {kept}"))
     params = raw.prefill(body) | {"do_remote_decode": True}
     if not kept:
@@ -114,7 +115,7 @@ def test_a_held_pull_that_fails_waits_for_ever_for_the_tokens_it_was_promised(ra
     fleet.kill("p0")
     try:
         answer = raw.http.post(
-            f"{fleet.engines['d0'].api}/chat/completions",
+            f"{fleet.engines[victim].api}/chat/completions",
             json=body | {"kv_transfer_params": params},
             timeout=HANG_BUDGET_S if kept else DEATH_BUDGET_S,
         )
@@ -124,4 +125,4 @@ def test_a_held_pull_that_fails_waits_for_ever_for_the_tokens_it_was_promised(ra
         fleet.restart("p0")
     assert (answer is None) == kept
     assert answer is None or raw.said(answer.json()) == raw.said(raw.ask("a0", body))
-    raw.ask("d0", raw.body(raw.task(f"others {kept}")))  # other requests are well
+    raw.ask(victim, raw.body(raw.task(f"others {kept}")))  # other requests are well
