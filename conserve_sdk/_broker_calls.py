@@ -21,6 +21,7 @@ from conserve_sdk.errors import (
 )
 from conserve_sdk.protocol import (
     BatchAnswer,
+    EngineList,
     LeaseGrant,
     LeaseRequest,
     LeaseStatus,
@@ -36,8 +37,10 @@ __all__ = [
     "TryAgain",
     "acquire_call",
     "check",
+    "engines_call",
     "park_call",
     "parse_batch",
+    "parse_engines",
     "parse_grant",
     "parse_status",
     "release_call",
@@ -120,6 +123,20 @@ def report_call(batch: ReportBatch) -> BrokerCall:
 def renew_call(batch: RenewalBatch) -> BrokerCall:
     """`POST /v1/renewals`."""
     return _post("/v1/renewals", batch)
+
+
+def engines_call() -> BrokerCall:
+    """`GET /v1/engines`."""
+    return BrokerCall(method="GET", path="/v1/engines")
+
+
+def parse_engines(call: BrokerCall, response: httpx2.Response) -> EngineList:
+    """Read the list of engines.
+
+    Raises:
+        TryAgain, ConServeError: see `check`.
+    """
+    return _read(EngineList, call, response)
 
 
 def parse_grant(call: BrokerCall, response: httpx2.Response) -> LeaseGrant:

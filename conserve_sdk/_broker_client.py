@@ -25,6 +25,7 @@ from conserve_sdk._tls import verify_for
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
     BatchAnswer,
+    EngineList,
     LeaseGrant,
     LeaseRequest,
     LeaseStatus,
@@ -124,6 +125,10 @@ class SyncBrokerClient:
         """Renew leases by their tokens; results in the same order."""
         parse = _batch_parser(len(batch.tokens))
         return self._perform(lambda _: calls.renew_call(batch), parse, budget_ms=budget_ms)
+
+    def engines(self, *, budget_ms: int = 2_000) -> EngineList:
+        """The engines as the broker sees them."""
+        return self._perform(lambda _: calls.engines_call(), calls.parse_engines, budget_ms=budget_ms)
 
     def close(self) -> None:
         """Close the connections. Idempotent; a later call opens new ones."""
@@ -230,6 +235,10 @@ class AsyncBrokerClient:
         """See `SyncBrokerClient.renew`."""
         parse = _batch_parser(len(batch.tokens))
         return await self._perform(lambda _: calls.renew_call(batch), parse, budget_ms=budget_ms)
+
+    async def engines(self, *, budget_ms: int = 2_000) -> EngineList:
+        """See `SyncBrokerClient.engines`."""
+        return await self._perform(lambda _: calls.engines_call(), calls.parse_engines, budget_ms=budget_ms)
 
     async def aclose(self) -> None:
         """Close this loop's client. Idempotent; a later call opens a new one."""

@@ -22,6 +22,7 @@ from conserve_sdk._turn import (
     Fetch,
     Fetched,
     Flow,
+    ListEngines,
     Open,
     Opened,
     Park,
@@ -58,6 +59,8 @@ class SyncPerformer:
                 return self.broker.park(effect.lease_id, effect.token)
             case Release():
                 self.broker.release(effect.lease_id, effect.token)
+            case ListEngines():
+                return self.broker.engines(budget_ms=effect.budget_ms)
             case Fetch():
                 return self._fetch(effect.request)
             case Open():
@@ -106,6 +109,8 @@ class AsyncPerformer:
                 return await self.broker.park(effect.lease_id, effect.token)
             case Release():
                 await self.broker.release(effect.lease_id, effect.token)
+            case ListEngines():
+                return await self.broker.engines(budget_ms=effect.budget_ms)
             case Fetch():
                 return await self._fetch(effect.request)
             case Open():

@@ -7,7 +7,7 @@ from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.problems import ProblemRaised
 from conserve_sdk._desk.visit import HolderEvent, Visit
 from conserve_sdk.core.events import EngineFailureReported, LeaseRenewed, TurnFinished, TurnStarted
-from conserve_sdk.core.units import EngineId, Incarnation, Ms, Tokens
+from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Tokens
 from conserve_sdk.protocol import (
     BatchAnswer,
     EngineFailureReport,
@@ -73,7 +73,7 @@ def _event_of(visit: Visit, claims: LeaseClaims, report: AnyReport) -> HolderEve
     return TurnFinished(
         now_ms=now_ms,
         lease_id=lease_id,
-        context_tokens=Tokens(report.prompt_tokens + report.completion_tokens),
+        context_tokens=Tokens(report.prompt_tokens + report.completion_tokens) or _estimated(visit, claims, report),
         prompt_tokens=Tokens(report.prompt_tokens),
         prompt_bytes=report.prompt_bytes,
         cached_tokens=Tokens(report.cached_tokens),
@@ -82,6 +82,17 @@ def _event_of(visit: Visit, claims: LeaseClaims, report: AnyReport) -> HolderEve
         migrated=report.migrated,
         idle=report.idle,
     )
+
+
+def _estimated(visit: Visit, claims: LeaseClaims, report: TurnFinishedReport) -> Tokens:
+    """The context of a turn without usage (a stream that did not ask for it): what its bytes come to; 0 without any.
+
+    Never less than the ledger says: a guess frees no room.
+    """
+    lease = visit.core.lease(claims.lease_id)
+    known_tokens = claims.ledger_tokens if lease is None else lease.ledger_tokens
+    guess = -(-report.prompt_bytes * visit.core.tokens_per_byte_ppm(claims.model) // MILLION)
+    return Tokens(max(guess, known_tokens)) if guess else Tokens(0)
 
 
 def _rejected(token: str, raised: ProblemRaised) -> LeaseStatus:

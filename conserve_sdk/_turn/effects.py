@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import httpx2
 
-from conserve_sdk.protocol import LeaseGrant, LeaseRequest, SupersedeRequest
+from conserve_sdk.protocol import EngineList, LeaseGrant, LeaseRequest, SupersedeRequest
 
 T = TypeVar("T")
 
@@ -45,6 +45,13 @@ class Release:
 
     lease_id: str
     token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListEngines:
+    """Ask the broker which engines there are; answered with an `EngineList`."""
+
+    budget_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +115,7 @@ class Opened:
     rest: Iterator[bytes] | AsyncIterator[bytes]
 
 
-Effect: TypeAlias = Acquire | Supersede | Park | Release | Fetch | Open | Discard | Wait
+Effect: TypeAlias = Acquire | Supersede | Park | Release | ListEngines | Fetch | Open | Discard | Wait
 Flow: TypeAlias = Generator[Effect, Any, T]
 
 
@@ -124,6 +131,13 @@ def supersede(lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> Fl
     grant = yield Supersede(lease_id=lease_id, request=request, budget_ms=budget_ms)
     assert isinstance(grant, LeaseGrant)
     return grant
+
+
+def list_engines(*, budget_ms: int) -> Flow[EngineList]:
+    """Typed form of `ListEngines`."""
+    engines = yield ListEngines(budget_ms=budget_ms)
+    assert isinstance(engines, EngineList)
+    return engines
 
 
 def fetch(request: httpx2.Request) -> Flow[Fetched]:

@@ -190,7 +190,7 @@ class ActiveTurn:
             prompt_tokens=facts.prompt_tokens,
             completion_tokens=facts.completion_tokens,
             cached_tokens=facts.cached_tokens,
-            prompt_bytes=self.digest.text_bytes if facts.prompt_tokens else 0,
+            prompt_bytes=self.digest.text_bytes if facts.prompt_tokens or not failure else 0,
             prefill_ms=0 if failure else prefill_ms,
             prefill_engine_id=prefilled_by.engine_id if prefilled_by else None,
             migrated=self.migrated,

@@ -6,12 +6,12 @@ import httpx2
 
 from conserve_sdk._bodies import wire_path
 from conserve_sdk._turn.budget import Budget
-from conserve_sdk._turn.effects import Flow, Opened, open_response
+from conserve_sdk._turn.effects import Flow, Opened, list_engines, open_response
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.wire import engine_request
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import EngineUnavailable
-from conserve_sdk.protocol import Binding
+from conserve_sdk.protocol import Binding, EngineList
 
 __all__ = ["relay_flow"]
 
@@ -22,16 +22,30 @@ def relay_flow(
     """Send a request that needs no lease to an engine that is known to be there.
 
     Raises:
-        EngineUnavailable: no engine is known yet.
+        EngineUnavailable: the broker has no engine that is ready.
+        BrokerUnavailable: no engine is known here, and no broker answers.
     """
     engine = _known_engine(kit, conversation)
     path = wire_path(original.url.path)
     if engine is None:
+        broker_ms = int(kit.options.timeouts.broker_s * 1000)
+        engines = yield from list_engines(budget_ms=min(broker_ms, budget.left_ms()))
+        engine = _ready_engine(engines)
+    if engine is None:
         raise EngineUnavailable(
-            f"no engine is known yet for {original.method} {path}: make a completion first, or set fallback_engines"
+            f"no engine is ready for {original.method} {path}: see `conserve engines list`, or set fallback_engines"
         )
     request = engine_request(original, base=engine.url, path=path, content=content, timeout=budget.hop(), headers={})
     return (yield from open_response(request))
+
+
+def _ready_engine(listed: EngineList) -> Binding | None:
+    """The first decoder that is ready."""
+    ready = (engine for engine in listed.engines if engine.state == "ready" and engine.role != "prefiller")
+    first = next(ready, None)
+    if first is None:
+        return None
+    return Binding(engine_id=first.engine_id, url=first.url, incarnation=first.incarnation or "")
 
 
 def _known_engine(kit: TurnKit, conversation: ConversationId | None) -> Binding | None:

@@ -166,11 +166,12 @@ def test_reports_tell_the_ledger_what_the_engine_said(make_world) -> None:
     assert lease.ledger_tokens == 520
 
 
-def test_unknown_usage_leaves_the_ledger_alone(make_world) -> None:
+def test_without_usage_the_broker_is_told_the_bytes(make_world) -> None:
     world = make_world(engine=ScriptedEngine(then="answer").script("d0", EngineReply.chat_stream("a", usage=False)))
     world.turn(stream=True)
     (report,) = world.reports("turn_finished")
-    assert (report["prompt_tokens"], report["prompt_bytes"]) == (0, 0)
+    assert report["prompt_tokens"] == 0
+    assert report["prompt_bytes"] > 2_400
     (lease,) = world.broker.core.leases()
     assert lease.ledger_tokens > 0
 
@@ -685,13 +686,23 @@ def get(world, path, **options):
 
 
 def test_other_requests_go_to_an_engine_that_is_there(world) -> None:
-    with pytest.raises(EngineUnavailable, match="no engine is known yet"):
-        get(world, "/models")
+    assert get(world, "/models") == 200  # the first thing many programs do: the broker knows who is there
+    assert (world.engine.calls[-1].engine, world.engine.calls[-1].path) == ("d0", "/v1/models")
     world.turn()
     assert get(world, "/models?limit=3", headers={"X-ConServe-Conversation": "c1"}) == 200
     assert (world.engine.calls[-1].engine, world.engine.calls[-1].path) == ("d0", "/v1/models")
     assert "x-conserve-conversation" not in world.engine.calls[-1].headers
     assert get(world, "/models") == 200
+
+
+def test_without_any_engine_other_requests_say_so(make_world) -> None:
+    world = make_world(broker=InMemoryBroker(small_fleet(prefillers=1, decoders=0)))
+    with pytest.raises(EngineUnavailable, match="no engine is ready for GET /v1/models"):
+        get(world, "/models")
+    world = make_world(timeouts=QUICK)
+    world.broker.stop()
+    with pytest.raises(BrokerUnavailable):
+        get(world, "/models")
 
 
 def test_other_requests_may_use_a_fallback_engine(make_world) -> None:
