@@ -181,7 +181,8 @@ class BrokerService:
         self._stopping = True
         self._cancel_timers()
         for future in self._waiters.values():
-            future.set_result(_Settled(shutting_down(), None))
+            if not future.done():  # cancelled this instant: its owner has not come round to `cancel` yet
+                future.set_result(_Settled(shutting_down(), None))
         self._waiters.clear()
 
     async def stop(self) -> None:

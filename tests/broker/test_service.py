@@ -365,6 +365,25 @@ async def test_shutting_down_answers_who_waits(journal: HeldJournal) -> None:
     assert len(journal.load().leases) == 2
 
 
+async def test_shutting_down_as_somebody_leaves_harms_nobody(journal: HeldJournal) -> None:
+    service = service_of(journal)
+    await service.start()
+    observe(service)
+    await granted(service, "a")
+    await granted(service, "b")
+    leaving = await send(service, "POST", "/v1/leases", request("late", wait_ms=60_000))
+    staying = await send(service, "POST", "/v1/leases", request("later", wait_ms=60_000))
+    assert isinstance(leaving, Waiter)
+    assert isinstance(staying, Waiter)
+    task = asyncio.create_task(leaving.reply())
+    await settle()
+    task.cancel()
+    await service.stop()
+    assert code(await staying.reply()) == "shutting_down"
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_events_after_the_end_change_nothing(journal: HeldJournal) -> None:
     service = service_of(journal)
     await service.start()
