@@ -89,12 +89,14 @@ def test_a_second_turn_hits_the_prefix_cache(fleet: EmulatedFleet, http: httpx2.
     first = post(fleet, http, messages=messages).json()
     messages += [first["choices"][0]["message"], {"role": "user", "content": "and now?"}]
     second = post(fleet, http, messages=messages).json()
-    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    prompt = first["usage"]["prompt_tokens"]
+    assert first["usage"]["prompt_tokens_details"]["created_cache_tokens"] == prompt // 16 * 16
     # Everything but the last token of the answer was computed; only full blocks of 16 are found again.
     total = first["usage"]["total_tokens"] - 1
-    assert second["usage"]["prompt_tokens_details"] == {"cached_tokens": total // 16 * 16}
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == total // 16 * 16
     salted = post(fleet, http, messages=messages, cache_salt="mine").json()
-    assert salted["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_token_ids_come_back_on_demand(shared_fleet: EmulatedFleet, http: httpx2.Client) -> None:

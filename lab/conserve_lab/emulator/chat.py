@@ -50,7 +50,7 @@ class ChatCall:
             "choices": [self._choice(choice) for choice in run.choices],
             "service_tier": None,
             "system_fingerprint": None,
-            "usage": usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens),
+            "usage": usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens, run.created_cache_tokens),
             "prompt_logprobs": None,
             "prompt_token_ids": list(self.generation.prompt) if self.return_token_ids else None,
             "kv_transfer_params": kv_answer,
@@ -75,7 +75,7 @@ class ChatCall:
         if self.include_usage:
             end = self._chunk(0, {})
             end["choices"] = []
-            end["usage"] = usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens)
+            end["usage"] = usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens, run.created_cache_tokens)
             yield sse(end)
         yield DONE
 
@@ -109,7 +109,9 @@ class ChatCall:
         if self.return_token_ids:
             chunk["choices"][0]["token_ids"] = list(answer.token_ids[update.start : update.end])
         if self.continuous_usage:
-            chunk["usage"] = usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens)
+            chunk["usage"] = usage(
+                run.prompt_tokens, run.completion_tokens, run.cached_tokens, run.created_cache_tokens
+            )
         return chunk
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -171,11 +171,14 @@ def text_of_content(content: Any, *, where: str) -> str:
     return "".join(texts)
 
 
-def usage(run_prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Return a `usage` object."""
+def usage(run_prompt: int, completion: int, cached: int, created: int | None = None) -> dict[str, Any]:
+    """Return a `usage` object; only the chat API says how many tokens were `created` in the cache, as in vLLM."""
+    details = (
+        {"cached_tokens": cached} if created is None else {"cached_tokens": cached, "created_cache_tokens": created}
+    )
     return {
         "prompt_tokens": run_prompt,
         "total_tokens": run_prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": details,
     }

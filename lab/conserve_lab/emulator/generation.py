@@ -82,6 +82,7 @@ class Run:
     """vLLM's own request id: the client's plus a random suffix."""
     choices: list[Choice]
     arrived_us: int
+    block_size: int
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     pulled: bool = False
     held: bool = False
@@ -106,6 +107,15 @@ class Run:
         if pull is not None and stream.sources.external_kv_transfer and pull.prefill_cached_tokens is not None:
             return pull.prefill_cached_tokens
         return stream.sources.local_cache_hit
+
+    @property
+    def created_cache_tokens(self) -> int:
+        """Prompt tokens in whole blocks that the engine computed itself (vLLM 0.32, `v1/metrics/stats.py`)."""
+        stream = self.choices[0].stream
+        if stream is None or stream.sources is None:
+            return 0
+        whole = self.prompt_tokens // self.block_size * self.block_size
+        return max(whole - stream.sources.local_cache_hit - stream.sources.external_kv_transfer, 0)
 
     async def updates(self, *, interval: int = 1) -> AsyncIterator[list[Update]]:
         """Yield new tokens as they come to exist, several choices at a time.

@@ -117,6 +117,7 @@ class Incarnation:
             internal_id=f"{generation.request_id}-{secrets.token_hex(4)}",
             choices=[Choice(index, answer) for index, answer in enumerate(answers)],
             arrived_us=self.clock_us(),
+            block_size=self.config.block_size,
         )
         if self._broken:
             raise internal_error()

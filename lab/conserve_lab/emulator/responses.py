@@ -41,7 +41,10 @@ class ResponsesCall:
             "incomplete_details": {"reason": "max_output_tokens"} if incomplete else None,
             "usage": {
                 "input_tokens": run.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": run.cached_tokens},
+                "input_tokens_details": {
+                    "cache_write_tokens": run.created_cache_tokens,
+                    "cached_tokens": run.cached_tokens,
+                },
                 "output_tokens": run.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": run.prompt_tokens + run.completion_tokens,
