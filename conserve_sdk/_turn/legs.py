@@ -184,9 +184,13 @@ class Legs:
         if status in ENGINE_FAULTS and status != 500:
             raise DecoderDown(f"HTTP {status}", opened=opened)
         # 500 is how vLLM reports a transfer that failed (kv_load_failure_policy=fail). Any other refusal may speak of
-        # the request or of the transfer: asked again without it, the request gets the answer that is its own.
+        # the request or of the transfer: asked again without it, the request gets the answer that is its own. The
+        # prefiller is not to blame for that one.
         yield Discard(opened=opened)
-        self._transfer_failed(place, f"HTTP {status}")
+        if status == 500:
+            self._transfer_failed(place, f"HTTP {status}")
+        else:
+            turn.lost("transfer_failed")
         return None
 
     def _transfer_failed(self, place: Place, detail: str) -> None:

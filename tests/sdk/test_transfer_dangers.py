@@ -92,6 +92,14 @@ def test_responses_too(fields, reason) -> None:
     assert read_body(Kind.RESPONSES, json.dumps({"model": "m", **fields}).encode()).local_because == reason
 
 
+def test_a_prefiller_is_not_blamed_for_what_the_request_got_wrong(make_world) -> None:
+    """`logprobs` above the engine's limit reach the decoder only: a prefiller must not leave the fleet for that."""
+    refused = EngineReply.failure(400, "logprobs must be at most 20")
+    world = make_world(engine=ScriptedEngine(EngineReply.prefill(), refused, refused))
+    assert world.turn(logprobs=True, top_logprobs=99).error.status_code == 400
+    assert world.reports("engine_failure") == []
+
+
 # ---- the side door --------------------------------------------------------------------------------------------
 
 
