@@ -163,13 +163,8 @@ class Legs:
         try:
             opened = yield from self._open(place, params, reach_ms=reach_ms)
         except tuple(REACHING) as error:
-            own_s = self._budget.hop()[REACHING[type(error)]]
-            if own_s is None or own_s * 1000 > reach_ms:  # it was the transfer's time that ran out, not the request's
-                turn.lost("transfer_expired")
-                return None
-            if not isinstance(error, httpx2.ConnectTimeout):
-                raise
-            raise DecoderDown(f"{type(error).__name__}: {error}", error=error) from error
+            self._not_reached(error, reach_ms)
+            return None
         except httpx2.ConnectError as error:
             raise DecoderDown(f"{type(error).__name__}: {error}", error=error) from error
         except BROKEN as error:
@@ -192,6 +187,16 @@ class Legs:
         else:
             turn.lost("transfer_failed")
         return None
+
+    def _not_reached(self, error: httpx2.TransportError, reach_ms: int) -> None:
+        """Give the transfer up if it was its time that ran out; raise what it means if it was the application's own."""
+        own_s = self._budget.hop()[REACHING[type(error)]]
+        if own_s is None or own_s * 1000 > reach_ms:
+            self._turn.lost("transfer_expired")
+        elif isinstance(error, httpx2.ConnectTimeout):
+            raise DecoderDown(f"{type(error).__name__}: {error}", error=error) from error
+        else:
+            raise error
 
     def _transfer_failed(self, place: Place, detail: str) -> None:
         assert place.plan.prefiller is not None
