@@ -50,7 +50,7 @@ async def get_models(client: httpx2.AsyncClient, url: str) -> Mapping[str, int]:
     try:
         listed = json.loads(body)["data"]
         return {str(model["id"]): int(model.get("max_model_len") or 0) for model in listed}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EngineTrouble("/v1/models does not list models; is this an OpenAI-compatible vLLM server?") from error
 
 
@@ -60,6 +60,8 @@ def parse(page: bytes) -> EngineMetrics:
         return read_page(page)
     except MetricsPageError as error:
         raise EngineTrouble(str(error)) from error
+    except (ValueError, OverflowError) as error:  # an absurd number must not end the watch over the other engines
+        raise EngineTrouble(f"/metrics holds a number that cannot be one: {error}") from error
 
 
 async def _get(client: httpx2.AsyncClient, url: str, path: str) -> bytes:

@@ -101,6 +101,27 @@ class TestOnePoll:
         assert seen.events[0].models == ("lora", "m", "x")  # type: ignore[union-attr]
 
     @pytest.mark.parametrize(
+        "change",
+        [
+            {"models": b'{"data": [{"id": "m", "max_model_len": 1e400}]}'},
+            {"models": b"[" * 100_000},
+            {"page": b'vllm:num_requests_running{a="1"} 1e308\nvllm:num_requests_running{a="2"} 1e308\n'},
+            {"page": b'vllm:num_requests_running 1\nvllm:cache_config_info{block_size="%s"} 1\n' % (b"9" * 5_000)},
+        ],
+    )
+    async def test_an_absurd_answer_is_that_engines_trouble_alone(
+        self, page_engines: Any, seen: Seen, change: dict[str, Any]
+    ) -> None:
+        """An exception that escaped here would end the whole broker."""
+        engine = page_engines()
+        vars(engine).update(change)
+        async with scraper(seen) as scrape:
+            scrape.configure([spec("d0", engine.url)])
+            await scrape.poll_once()
+        (event,) = seen.events
+        assert isinstance(event, EngineUnreachable)
+
+    @pytest.mark.parametrize(
         ("change", "detail"),
         [
             ({"status": {"/health": 503}}, "/health answered 503"),
