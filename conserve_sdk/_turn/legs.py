@@ -188,7 +188,7 @@ class Legs:
             turn.lost("transfer_failed")
         return None
 
-    def _not_reached(self, error: httpx2.TransportError, reach_ms: int) -> None:
+    def _not_reached(self, error: httpx2.TimeoutException, reach_ms: int) -> None:
         """Give the transfer up if it was its time that ran out; raise what it means if it was the application's own."""
         own_s = self._budget.hop()[REACHING[type(error)]]
         if own_s is None or own_s * 1000 > reach_ms:
