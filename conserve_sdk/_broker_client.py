@@ -21,6 +21,7 @@ from conserve_sdk import _broker_calls as calls
 from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._http import AsyncHTTPTransport
 from conserve_sdk._tls import verify_for
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
@@ -258,7 +259,7 @@ class AsyncBrokerClient:
         with self._lock:
             client = self._clients.get(loop)
             if client is None:
-                transport = self._transport or httpx2.AsyncHTTPTransport(
+                transport = self._transport or AsyncHTTPTransport(
                     verify=verify_for(self._brokers.urls), limits=httpx2.Limits(max_keepalive_connections=0)
                 )
                 client = self._clients[loop] = httpx2.AsyncClient(transport=transport, headers=self._headers)

@@ -117,6 +117,8 @@ class Scraper:
             event = self._unreachable(target, str(trouble))
         except TimeoutError:
             event = self._unreachable(target, f"no answer within {timeout_ms} ms")
+        except Exception as fault:  # noqa: BLE001  # whatever one engine causes must not end the watch over the others
+            event = self._unreachable(target, str(EngineTrouble(f"{type(fault).__name__}: {fault}")))
         if self._targets.get(target.spec.engine_id) is target:  # not removed meanwhile
             self._emit(event)
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import httpx2
 
 from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._http import AsyncHTTPTransport
 from conserve_sdk._tls import verify_for
 
 __all__ = ["AsyncEnginePool", "EnginePool"]
@@ -58,7 +59,7 @@ class EnginePool(httpx2.BaseTransport):
 class _LoopPools:
     """The pools of one event loop."""
 
-    pools: dict[str, httpx2.AsyncHTTPTransport]
+    pools: dict[str, AsyncHTTPTransport]
     farewell: AsyncGenerator[None, None] | None = None
 
 
@@ -81,7 +82,7 @@ class AsyncEnginePool(httpx2.AsyncBaseTransport):
         if mine is not None and mine.farewell is not None:
             await mine.farewell.aclose()
 
-    async def _pool(self, scheme: str) -> httpx2.AsyncHTTPTransport:
+    async def _pool(self, scheme: str) -> AsyncHTTPTransport:
         loop = asyncio.get_running_loop()
         with self._lock:
             mine = self._loops.get(loop)
@@ -89,7 +90,7 @@ class AsyncEnginePool(httpx2.AsyncBaseTransport):
             mine = mine or self._loops.setdefault(loop, _LoopPools({}))
             pool = mine.pools.get(scheme)
             if pool is None:
-                pool = httpx2.AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
+                pool = AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
                 mine.pools[scheme] = pool
         if fresh:
             mine.farewell = _close_with_loop(mine)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx2
 import pytest
 
 from conserve_broker import _engine_http
@@ -120,6 +121,19 @@ class TestOnePoll:
             await scrape.poll_once()
         (event,) = seen.events
         assert isinstance(event, EngineUnreachable)
+
+    async def test_a_fault_of_the_http_stack_is_that_engines_trouble_alone(self, seen: Seen) -> None:
+        """As when an engine dies in the instant in which it is connected to."""
+
+        def lost(request: httpx2.Request) -> httpx2.Response:
+            raise AttributeError("'NoneType' object has no attribute\n'getpeername'")
+
+        async with Scraper(FAST, emit=seen.emit, now_ms=seen.now_ms, transport=httpx2.MockTransport(lost)) as scrape:
+            scrape.configure([spec("d0", "http://127.0.0.1:9")])
+            await scrape.poll_once()
+        (event,) = seen.events
+        assert isinstance(event, EngineUnreachable)
+        assert event.detail == "AttributeError: 'NoneType' object has no attribute 'getpeername'"
 
     @pytest.mark.parametrize(
         ("change", "detail"),

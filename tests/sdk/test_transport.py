@@ -328,6 +328,18 @@ def test_a_handle_that_shares_closes_nothing(counted) -> None:
     assert not counted.closed
 
 
+@pytest.mark.parametrize("fault", [AttributeError("no socket any more"), OSError(107, "not connected")])
+async def test_a_peer_that_dies_as_it_is_connected_to(fault, monkeypatch) -> None:
+    async def lost(_transport: object, _request: httpx2.Request) -> httpx2.Response:
+        raise fault
+
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", lost)
+    pool = _pools.AsyncEnginePool()
+    with pytest.raises(httpx2.ConnectError, match="lost as it was made"):
+        await pool.handle_async_request(httpx2.Request("GET", "http://127.0.0.1:9"))
+    await pool.aclose()
+
+
 def test_https_engines_get_verified_connections() -> None:
     pool = ConServe("http://127.0.0.1:9")._runtime.engines
     tls, plain = pool._pool("https"), pool._pool("http")
