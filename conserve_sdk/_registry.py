@@ -41,7 +41,8 @@ class LeaseView:
         live: whether turns may use it: neither expired nor lost.
         lost: why it was lost: empty, `unknown`, `superseded`, `engine_lost`, `bad_token` (the broker's verdict) or
             what the caller of `mark_lost` said.
-        migrated: whether its single KV transfer is done or no more due (local mode, or turns were served already).
+        migrated: whether its single KV transfer is done or not due here (local mode, turns were served already, or
+            another process was granted it first).
         turns: turns begun in the lineage so far.
     """
 
@@ -179,7 +180,9 @@ class LeaseRegistry:
             self._forget_tokens(entry)
             fresh = entry.grant is None or entry.grant.lease_id != grant.lease_id
             served = grant.mode == "local" or grant.migrations > 0 or grant.turns > 0
-            entry.migrated = served or (entry.migrated and not fresh)
+            # Granted to somebody else before: the one migration is theirs, even if they have not reported it yet.
+            claimed = grant.reused and fresh
+            entry.migrated = served or claimed or (entry.migrated and not fresh)
             entry.grant = grant
             entry.lost = ""
             self._by_lease[LeaseId(grant.lease_id)] = ref

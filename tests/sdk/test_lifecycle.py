@@ -200,3 +200,15 @@ async def test_a_turn_cancelled_while_it_fails_over_keeps_no_connection() -> Non
         await turn
     await conserve.aclose()
     assert held.closed
+
+
+def test_two_processes_that_start_one_conversation_at_once_move_its_kv_once(make_world) -> None:
+    """The second is answered with the first one's lease, before anybody has reported that it migrated."""
+    first = make_world()
+    second = make_world(broker=first.broker, engine=first.engine)
+    assert not first.turn().error
+    assert not second.turn().error
+    pulls = [call for call in first.engine.calls if call.body.get("kv_transfer_params", {}).get("do_remote_prefill")]
+    assert len(pulls) == 1
+    assert (first.record.lease_id, first.record.migrated) == (second.record.lease_id, True)
+    assert (second.record.migrated, second.record.decoder_id) == (False, first.record.decoder_id)

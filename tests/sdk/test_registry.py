@@ -99,11 +99,15 @@ class TestMigrated:
             ({"mode": "local", "prefiller": None}, True),
             ({"migrations": 1, "reused": True}, True),
             ({"turns": 3, "reused": True}, True),
-            ({"reused": True}, False),
+            ({"reused": True}, True),
         ],
     )
     def test_as_the_grant_says(self, registry, changes: dict, migrated: bool) -> None:
         assert registry.store(REF, grant(**changes), sent_at_ms=0).migrated is migrated
+
+    def test_asking_again_for_what_was_granted_here_does_not_take_the_migration_away(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        assert not registry.store(REF, grant(reused=True), sent_at_ms=1).migrated
 
     def test_once_done_it_stays_done_for_that_lease_only(self, registry) -> None:
         registry.store(REF, grant(), sent_at_ms=0)
