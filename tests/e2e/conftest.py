@@ -28,7 +28,12 @@ class Crew:
         self.turns = TurnCollector()
 
     async def run(
-        self, stack: LocalStack, *, on_turn: Callable[[TurnRecord], None] | None = None, goodbye: bool = True
+        self,
+        stack: LocalStack,
+        *,
+        on_turn: Callable[[TurnRecord], None] | None = None,
+        goodbye: bool = True,
+        streaming: bool = True,
     ) -> list[AgentRun]:
         """Run all agents. `goodbye`: report and release at the end, which takes a broker."""
         self._rounds += 1
@@ -36,7 +41,7 @@ class Crew:
         self.turns.clear()
         hooks = [self.turns] if on_turn is None else [self.turns, on_turn]
         async with ConServe(stack.broker_url, on_turn=hooks) as conserve:
-            model = ConServeChat(model=stack.model, conserve=conserve, streaming=True)
+            model = ConServeChat(model=stack.model, conserve=conserve, streaming=streaming)
 
             def agent_for(task: Task) -> Agent:
                 tools = Toolbox(Workspace(folder / task.conversation_id, seed=task.seed)).tools()

@@ -74,14 +74,15 @@ async def test_broker_stays_dead(crew: Any, stack: LocalStack) -> None:
 
 
 async def test_decoder_dies_in_the_middle(crew: Any, stack: LocalStack) -> None:
-    undisturbed = [said(run) for run in await crew.run(stack)]
+    """Whole answers: of a stream that has begun, nothing may be repeated, so it would rightly end in an error."""
+    undisturbed = [said(run) for run in await crew.run(stack, streaming=False)]
 
     def kill_its_decoder(record: TurnRecord) -> None:
         assert record.decoder_id is not None
         stack.fleet.kill(record.decoder_id)
 
     once = Once(lambda record: record.turn == 2 and not record.loss, kill_its_decoder)
-    runs = await crew.run(stack, on_turn=once)
+    runs = await crew.run(stack, on_turn=once, streaming=False)
     assert once.done is not None
     assert [run.error for run in runs] == [""] * len(runs)
     assert [said(run) for run in runs] == undisturbed
@@ -95,14 +96,14 @@ async def test_decoder_dies_in_the_middle(crew: Any, stack: LocalStack) -> None:
 
 async def test_decoder_restarts_in_the_middle(crew: Any, stack: LocalStack) -> None:
     """An empty cache costs time and nothing else."""
-    undisturbed = [said(run) for run in await crew.run(stack)]
+    undisturbed = [said(run) for run in await crew.run(stack, streaming=False)]
 
     def restart_its_decoder(record: TurnRecord) -> None:
         assert record.decoder_id is not None
         stack.fleet.restart(record.decoder_id)
 
     once = Once(lambda record: record.turn == 2, restart_its_decoder)
-    runs = await crew.run(stack, on_turn=once)
+    runs = await crew.run(stack, on_turn=once, streaming=False)
     assert once.done is not None
     assert [run.error for run in runs] == [""] * len(runs)
     assert [said(run) for run in runs] == undisturbed
