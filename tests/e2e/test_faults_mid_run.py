@@ -89,9 +89,10 @@ async def test_decoder_dies_in_the_middle(crew: Any, stack: LocalStack) -> None:
     records = crew.turns.records
     after = [r for r in records if r.conversation_id == once.done.conversation_id and r.turn > once.done.turn]
     assert all(record.decoder_id != once.done.decoder_id for record in after)
-    losses = [record for record in records if record.loss]
-    assert {record.loss for record in losses} == {"decoder_failed"}, "the loss is counted, under its name"
-    assert once.done.conversation_id in {record.conversation_id for record in losses}
+    losses = {(record.conversation_id, record.loss) for record in records if record.loss}
+    assert (once.done.conversation_id, "decoder_failed") in losses, "the loss is counted, under its name"
+    # Whoever was just moving its KV to that decoder lost the transfer first.
+    assert {loss for _, loss in losses} <= {"decoder_failed", "transfer_failed"}
 
 
 async def test_decoder_restarts_in_the_middle(crew: Any, stack: LocalStack) -> None:
