@@ -49,6 +49,7 @@ class LeaseRequest(_Wire):
         first_turn_input_bytes: UTF-8 bytes of the prompt's text, for brokers that convert.
         wait_ms: how long the client will wait for admission before it wants a refusal.
         hint_engine_id: decoder that may still hold a prefix of this lineage (previous or parent lease).
+        parent_lease_id: lease of the lineage that this one branched off (a sub-agent, a fork after compaction).
     """
 
     conversation_id: Identifier
@@ -58,6 +59,7 @@ class LeaseRequest(_Wire):
     first_turn_input_bytes: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     wait_ms: Millis = 0
     hint_engine_id: Identifier | None = None
+    parent_lease_id: Identifier | None = None
     client: Annotated[str, Field(max_length=200)] = ""
 
 
@@ -65,11 +67,19 @@ class SupersedeRequest(_Wire):
     """Body of `POST /v1/leases/{id}/supersede`: compare-and-set on `epoch`.
 
     The capability is the lease's `token`; a broker that lost its state learns the key from it.
+
+    Attributes:
+        cause: `failure`: the decoder could not answer. `re_lease`: the broker's directive is being followed. `append`:
+            the next turn brings more new tokens than the lease's `append_threshold_tokens`. After the last two the
+            broker may also answer with the live lease as it is (`reused`), which means: stay.
+        cached_tokens: tokens of the prompt that the lease's decoder is believed to hold; 0 when it lost them.
     """
 
     token: Annotated[str, Field(max_length=4096)]
     epoch: Annotated[int, Field(ge=1)]
     reason: Annotated[str, Field(max_length=500)]
+    cause: Literal["failure", "re_lease", "append"] = "failure"
+    cached_tokens: TokenCount = 0
     first_turn_input_tokens: TokenCount = 0
     first_turn_input_bytes: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     wait_ms: Millis = 0
@@ -110,6 +120,8 @@ class LeaseGrant(_Wire):
         expires_in_ms: life left when the answer was written; relative, so that clocks need not agree.
         renew_after_ms: renew when this much time has passed (a third of `ttl_ms`).
         hold_ms: ask the decoder to keep a turn's blocks (vLLM: `do_remote_decode` on the decoder); 0: do not.
+        append_threshold_tokens: ask again (supersede, cause `append`) before a follow-up turn that brings more new
+            tokens than this; 0: never.
         token: capability for renew, report, park, release and supersede of this lease.
         reused: True when the lease was already live (another process, or a repeated request).
     """
@@ -202,12 +214,17 @@ class LeaseStatus(_Wire):
         verdict: `ok`, `unknown` (expired or released: start again with a first turn), `superseded`, `engine_lost`,
             or `bad_token`.
         token: a fresh token when the old one nears its end, else None.
+        directive: `re_lease`: before the next turn of the lineage, never inside one, ask for another lease
+            (supersede, cause `re_lease`); it moves the KV once. Stands until it is followed or withdrawn by `none`.
+        directive_reason: why, for logs: `draining`, `load`.
     """
 
     lease_id: str
     verdict: Literal["ok", "unknown", "superseded", "engine_lost", "bad_token"]
     expires_in_ms: int = 0
     token: str | None = None
+    directive: Literal["none", "re_lease"] = "none"
+    directive_reason: Annotated[str, Field(max_length=64)] = ""
 
 
 class BatchAnswer(_Wire):
