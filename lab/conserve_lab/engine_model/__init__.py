@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig, StepCost, TransferCost
+from conserve_lab.engine_model.host_tier import HostTier
+from conserve_lab.engine_model.leap import Leap
 from conserve_lab.engine_model.model import EngineModel
 from conserve_lab.engine_model.results import (
     EngineCounters,
@@ -28,6 +30,8 @@ __all__ = [
     "EngineRequest",
     "FetchStart",
     "Hold",
+    "HostTier",
+    "Leap",
     "Progress",
     "PromptSources",
     "SequenceState",

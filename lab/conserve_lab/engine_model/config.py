@@ -12,26 +12,42 @@ class StepCost:
     """How long one forward step takes.
 
     Decodes and prefill chunks share one step, which is why a long prefill stretches the time between tokens of
-    every decode beside it. The defaults are a mid-range GPU with a small model, not a measurement.
+    every decode beside it::
+
+        max(floor, base + context + prefill + attention) + sequences
+
+    The defaults are a mid-range GPU with a small model, not a measurement.
     """
 
     base_us: int = 18_000
     """Fixed cost of a step: launch overhead and one read of the weights."""
+    floor_us: int = 0
+    """No step is shorter: what the host needs to prepare one, which a short step cannot hide."""
     decode_us_per_sequence: int = 100
     decode_ns_per_context_token: int = 30
     """Cost of reading one token of KV cache in attention."""
     prefill_tokens_per_s: int = 20_000
+    prefill_attention_ps_per_pair: int = 0
+    """Cost of one (new token, earlier token) pair: what makes the prefill of a long prompt quadratic."""
 
-    def step_us(self, *, decodes: int, context_tokens: int, prefill_tokens: int) -> int:
-        """Return the microseconds of a step with this work in it; 0 when there is none."""
+    def step_us(self, *, decodes: int, context_tokens: int, prefill_tokens: int, prefill_pairs: int = 0) -> int:
+        """Return the microseconds of a step with this work in it; 0 when there is none.
+
+        Args:
+            decodes: sequences that get one token each.
+            context_tokens: tokens of KV that they read.
+            prefill_tokens: prompt tokens computed.
+            prefill_pairs: pairs of a prompt token and one at or before it in its sequence.
+        """
         if not decodes and not prefill_tokens:
             return 0
-        return (
+        work_us = (
             self.base_us
-            + self.decode_us_per_sequence * decodes
             + self.decode_ns_per_context_token * context_tokens // 1000
             + prefill_tokens * _US_PER_S // self.prefill_tokens_per_s
+            + self.prefill_attention_ps_per_pair * prefill_pairs // _US_PER_S
         )
+        return max(self.floor_us, work_us) + self.decode_us_per_sequence * decodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +84,8 @@ class EngineModelConfig:
     """Most prompt tokens of one request in one step; 0 means only the batch limit counts."""
     kv_lease_us: int = 30_000_000
     """How long a finished request's blocks are held for a peer (vLLM's `kv_lease_duration`)."""
+    host_blocks: int = 0
+    """Blocks that fit into the host tier; 0: none."""
     cost: StepCost = field(default_factory=StepCost)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig
+from conserve_lab.engine_model.host_tier import HostTier
+from conserve_lab.engine_model.leap import Leap, block_events, step_durations, steps_within_blocks, steps_without_end
 from conserve_lab.engine_model.results import (
     EngineCounters,
     FetchStart,
@@ -43,6 +45,7 @@ class EngineModel:
         self.config = config
         self.counters = EngineCounters()
         self._pool = BlockPool(config.kv_blocks)
+        self._host = HostTier(config.host_blocks)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._fetched: deque[Sequence] = deque()
@@ -82,6 +85,11 @@ class EngineModel:
     def holds(self) -> dict[str, Hold]:
         """Finished requests whose blocks are still held, by request id."""
         return self._holds
+
+    @property
+    def running_ids(self) -> tuple[str, ...]:
+        """Ids of the requests in the batch."""
+        return tuple(sequence.request.request_id for sequence in self._running)
 
     @property
     def has_work(self) -> bool:
@@ -139,7 +147,9 @@ class EngineModel:
         sequence = self._fetching.pop(request_id, None)
         if sequence is None:
             return False
-        if ok:
+        if ok and sequence.host_blocks:
+            self._loaded(sequence)
+        elif ok:
             # The last prompt token is computed here again: the decoder makes its own first token.
             sequence.computed = sequence.request.prompt_tokens - 1
             sequence.external_tokens = sequence.request.prompt_tokens - sequence.local_hit_tokens
@@ -151,6 +161,19 @@ class EngineModel:
             self._reset(sequence)
             self._waiting.appendleft(sequence)
         return True
+
+    def _loaded(self, sequence: Sequence) -> None:
+        """Blocks have come back from the host tier."""
+        size, size_known = self.config.block_size, sequence.known
+        sequence.computed = min(sequence.local_hit_tokens + sequence.host_blocks * size, size_known - 1)
+        loaded = sequence.computed - sequence.local_hit_tokens
+        if not sequence.emitted:
+            sequence.external_tokens = min(loaded, sequence.request.prompt_tokens - sequence.local_hit_tokens)
+            self.counters.external_hits += sequence.external_tokens
+            self.counters.host_hits += sequence.external_tokens
+        sequence.state = SequenceState.FETCHED
+        self._publish(sequence, full=sequence.computed // size)
+        self._fetched.append(sequence)
 
     # ---- holds ---------------------------------------------------------------------------------------------
 
@@ -199,15 +222,58 @@ class EngineModel:
         quiet = self.counters.preemptions == preemptions or not plan
         fetches = self._admit(plan, budget) if quiet else []
         decodes = [work for work in plan if work.decode]
-        prefill_tokens = sum(work.tokens for work in plan if not work.decode)
+        prefills = [work for work in plan if not work.decode]
+        prefill_tokens = sum(work.tokens for work in prefills)
         duration_us = self.config.cost.step_us(
             decodes=len(decodes),
             context_tokens=sum(work.sequence.computed for work in decodes),
             prefill_tokens=prefill_tokens,
+            prefill_pairs=sum(work.tokens * (2 * work.sequence.computed + work.tokens) // 2 for work in prefills),
         )
         self.counters.steps += bool(plan)
         progress = self._commit(plan, end_us=now_us + duration_us)
         return StepResult(duration_us, tuple(progress), tuple(fetches), prefill_tokens, len(decodes), tuple(expired))
+
+    def plan_leap(self, now_us: int, *, until_us: int) -> Leap | None:
+        """Return the steps that begin before `until_us` and only decode, or None; changes nothing.
+
+        Ends before the step in which a request finishes, a block is missing, or a hold runs out: those are `step`'s.
+        """
+        running = self._running
+        if not running or self._fetched or not all(sequence.decoding for sequence in running):
+            return None
+        if len(running) > self.config.max_num_batched_tokens:
+            return None
+        if self._waiting and len(running) < self.config.max_num_seqs:
+            return None
+        expiry_us = self.next_hold_expiry_us()
+        until_us = until_us if expiry_us is None else min(until_us, expiry_us)
+        steps = steps_within_blocks(
+            running, steps_without_end(running), free=self._pool.free, block_size=self.config.block_size
+        )
+        durations = step_durations(self.config.cost, running, steps, now_us=now_us, until_us=until_us)
+        if not durations:
+            return None
+        ordered = sorted(running, key=lambda item: item.order)
+        names = tuple(sequence.request.request_id for sequence in ordered)
+        return Leap(durations, names, sum(sequence.computed for sequence in ordered))
+
+    def carry_out(self, leap: Leap) -> None:
+        """Do the steps of a leap that was planned for the present state."""
+        steps = len(leap.durations_us)
+        ordered = [self._sequences[request_id] for request_id in leap.request_ids]
+        for step, full, sequence in block_events(ordered, steps, block_size=self.config.block_size):
+            if full:
+                self._publish(sequence, full=(sequence.computed + step) // self.config.block_size)
+            else:
+                taken = self._pool.allocate(1)
+                assert taken is not None, "a leap takes no more blocks than are free"
+                sequence.blocks += taken
+        for sequence in ordered:
+            sequence.computed += steps
+            sequence.emitted += steps
+        self.counters.generation_tokens += steps * len(ordered)
+        self.counters.steps += steps
 
     def _plan_running(self, plan: list[_Work], budget: int) -> int:
         """Give running sequences their tokens, decodes first, preempting the youngest when blocks run out."""
@@ -244,8 +310,8 @@ class EngineModel:
                 sequence = self._waiting.popleft()
             else:
                 break
-            if sequence.request.pull and sequence.state is SequenceState.WAITING:
-                fetches.append(self._start_fetch(sequence))
+            if sequence.state is SequenceState.WAITING and (sequence.request.pull or sequence.host_blocks):
+                fetches.append(self._start_fetch(sequence) if sequence.request.pull else self._start_load(sequence))
                 continue
             tokens = self._chunk(sequence, budget)
             grown = self._grow(sequence, tokens)
@@ -265,6 +331,8 @@ class EngineModel:
         if self._pool.cost_of(hits, new) > self._pool.free:
             return False
         self._pool.reference(hits)
+        if not sequence.request.pull:
+            sequence.host_blocks = self._host.leading(sequence.request.block_keys[:limit], start=len(hits))
         sequence.blocks = hits
         sequence.computed = len(hits) * size
         sequence.published = len(hits)
@@ -290,6 +358,15 @@ class EngineModel:
         sequence.state = SequenceState.FETCHING
         self._fetching[sequence.request.request_id] = sequence
         return FetchStart(sequence.request.request_id, missing, len(sequence.blocks) - before)
+
+    def _start_load(self, sequence: Sequence) -> FetchStart:
+        """Allocate all of the prompt and leave the queue until what the host tier has of it is here."""
+        tokens = sequence.host_blocks * self.config.block_size
+        grown = self._grow(sequence, sequence.known - sequence.computed)
+        assert grown, "a placed request fits"
+        sequence.state = SequenceState.FETCHING
+        self._fetching[sequence.request.request_id] = sequence
+        return FetchStart(sequence.request.request_id, tokens, sequence.host_blocks, from_host=True)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Return how many of the sequence's pending tokens go into this step."""
@@ -320,6 +397,7 @@ class EngineModel:
         sequence.blocks = []
         sequence.computed = 0
         sequence.published = 0
+        sequence.host_blocks = 0
         sequence.state = SequenceState.WAITING
         sequence.request = replace(sequence.request, pull=False)
 
@@ -373,6 +451,7 @@ class EngineModel:
         keys = sequence.request.block_keys
         for index in range(sequence.published, min(full, len(keys))):
             self._pool.publish(sequence.blocks[index], keys[index])
+            self._host.put(keys[index])
         sequence.published = max(sequence.published, full)
 
     def check(self) -> None:

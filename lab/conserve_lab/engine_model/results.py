@@ -30,11 +30,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FetchStart:
-    """A request now waits for its peer; the driver moves the KV and calls `fetch_finished`."""
+    """A request now waits for KV; the driver moves the KV and calls `fetch_finished`."""
 
     request_id: str
     missing_tokens: int
     missing_blocks: int
+    from_host: bool = False
+    """The KV comes from this engine's own host memory, not from a peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class EngineCounters:
     prefix_hits: int = 0
     external_queries: int = 0
     external_hits: int = 0
+    host_hits: int = 0
+    """The part of `external_hits` that came from the host tier."""
     preemptions: int = 0
     holds_expired: int = 0
 

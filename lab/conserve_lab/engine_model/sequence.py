@@ -61,6 +61,8 @@ class Sequence:
     local_hit_tokens: int = 0
     """Prompt tokens found in the prefix cache when the request was admitted."""
     external_tokens: int = 0
+    host_blocks: int = 0
+    """Blocks after the locally cached ones that are being loaded from the host tier."""
     preemptions: int = 0
 
     @property
