@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conserve_lab._command import run_command
+from conserve_lab._command import run_command, run_commands
 
-__all__ = ["bench_main", "demo_main", "emulate_main"]
+__all__ = ["bench_main", "demo_main", "emulate_main", "lab_main", "simulate_main"]
 
 
 class Engine(StrEnum):
@@ -48,6 +48,16 @@ def demo_main(argv: Sequence[str]) -> int:
 def bench_main(argv: Sequence[str]) -> int:
     """Run `conserve bench`."""
     return run_command(_bench, argv, name="conserve bench")
+
+
+def lab_main(argv: Sequence[str]) -> int:
+    """Run `conserve lab`."""
+    return run_commands({"calibrate": _calibrate}, argv, name="conserve lab")
+
+
+def simulate_main(argv: Sequence[str]) -> int:
+    """Run `conserve simulate`."""
+    return run_commands({"compare": _compare}, argv, name="conserve simulate")
 
 
 def emulate_main(argv: Sequence[str]) -> int:
@@ -124,6 +134,65 @@ def _bench(
         console=_console(),
         time_scale=time_scale,
     )
+
+
+def _compare(
+    *,
+    workload: Annotated[list[str] | None, typer.Option(help="A generated workload; may be repeated.")] = None,
+    trace: Annotated[list[str] | None, typer.Option(help="A trace file (JSONL, .gz too); may be repeated.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="A policy, or NAME@CHUNK; may be repeated. Default: all.")
+    ] = None,
+    load: Annotated[
+        list[float] | None, typer.Option(min=0.001, help="Conversations a second; may be repeated. Default: 0.5, 1.")
+    ] = None,
+    conversations: Annotated[int, typer.Option(min=1, max=100_000, help="Conversations of one run.")] = 255,
+    turns: Annotated[int, typer.Option(min=0, help="Cut conversations after so many turns; 0: never.")] = 0,
+    engines: Annotated[int, typer.Option(min=1, max=256, help="Engines of the fleet.")] = 4,
+    engine: Annotated[str, typer.Option(help="GPU/MODEL of each engine.")] = "a40/qwen3-0.6b",
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="How many seeds.")] = 3,
+    seed: Annotated[int, typer.Option(min=1, help="The first of them.")] = 1,
+    processes: Annotated[int | None, typer.Option(min=1, help="Runs at once. Default: one a core.")] = None,
+    json: Json = None,
+) -> int:
+    """Policies beside each other in virtual time: the production placement on simulated engines."""
+    from conserve_lab.simulator.command import chosen_policies, run_compare
+    from conserve_lab.simulator.compare import Cell
+    from conserve_lab.simulator.policies import POLICIES
+    from conserve_lab.workloads import SHAPES
+
+    names = [*(workload or []), *(trace or [])] or list(SHAPES)
+    unknown = sorted(set(workload or []) - set(SHAPES))
+    if unknown:
+        raise typer.BadParameter(f"no workload {unknown[0]!r}: choose from {', '.join(SHAPES)}, or use --trace FILE")
+    cells = [
+        Cell(workload=name, per_s=per_s, conversations=conversations, turns_max=turns, engines=engines, engine=engine)
+        for name in names
+        for per_s in load or [0.5, 1.0]
+    ]
+    return run_compare(
+        cells,
+        chosen_policies(policy or list(POLICIES)),
+        seeds=range(seed, seed + seeds),
+        json_path=json,
+        processes=processes,
+        console=_console(),
+    )
+
+
+def _calibrate(
+    *,
+    cells: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="File of measured cells.")],
+    prefill_column: Annotated[str, typer.Option(help="Column with the prefill times in seconds.")] = "first_token_s",
+    json: Json = None,
+) -> int:
+    """Fit the engine model to measured cells and print the error of each.
+
+    Exit code 1 when a cell is off by more than 15 %, or all are by more than 5 % on average.
+    """
+    from conserve_lab.calibration.command import run_calibrate
+
+    return run_calibrate(cells, prefill_column=prefill_column, json_path=json, console=_console())
 
 
 def _console() -> Console:

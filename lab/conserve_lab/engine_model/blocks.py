@@ -40,8 +40,9 @@ class BlockPool:
     def lookup(self, keys: Iterable[int]) -> list[int]:
         """Return the cached blocks of the longest leading run of `keys`, without referencing them."""
         found: list[int] = []
+        block_of = self._block_of.get
         for key in keys:
-            block = self._block_of.get(key)
+            block = block_of(key)
             if block is None:
                 break
             found.append(block)
@@ -53,30 +54,36 @@ class BlockPool:
 
     def reference(self, blocks: Iterable[int]) -> None:
         """Add one reference to each block, taking it out of the free list."""
+        references, free = self._references, self._free
         for block in blocks:
-            if self._references[block] == 0:
-                del self._free[block]
-            self._references[block] += 1
+            if references[block] == 0:
+                del free[block]
+            references[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` blocks, evicting the least recently used; None (and no change) if too few are free."""
         if count > len(self._free):
             return None
         taken: list[int] = []
+        references, key_of, take = self._references, self._key_of, self._free.popitem
         for _ in range(count):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
-            self._references[block] = 1
+            block, _ = take(last=False)
+            key = key_of.pop(block, None)
+            if key is not None:
+                del self._block_of[key]
+            references[block] = 1
             taken.append(block)
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each block of one sequence, its tail first so that its tail is evicted first."""
+        references, free = self._references, self._free
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} released once too often"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
+            left = references[block] - 1
+            assert left >= 0, f"block {block} released once too often"
+            references[block] = left
+            if left == 0:
+                free[block] = None
 
     def publish(self, block: int, key: int) -> None:
         """Make a computed block findable under `key`; the first block of a key wins, as in vLLM."""
@@ -98,8 +105,3 @@ class BlockPool:
         for block, references in enumerate(self._references):
             assert (references == 0) == (block in self._free), f"block {block} is both free and referenced"
         assert {key: block for block, key in self._key_of.items()} == self._block_of
-
-    def _forget(self, block: int) -> None:
-        key = self._key_of.pop(block, None)
-        if key is not None:
-            del self._block_of[key]

@@ -26,10 +26,13 @@ class HostTier:
         """Keep a block, or note that it was used again."""
         if not self._blocks:
             return
-        self._keys[key] = None
-        self._keys.move_to_end(key)
-        if len(self._keys) > self._blocks:
-            self._keys.popitem(last=False)
+        keys = self._keys
+        if key in keys:
+            keys.move_to_end(key)
+            return
+        keys[key] = None
+        if len(keys) > self._blocks:
+            keys.popitem(last=False)
 
     def leading(self, keys: Sequence[int], *, start: int) -> int:
         """Return how many of `keys`, from position `start` on, are here without a gap."""

@@ -224,15 +224,26 @@ class EngineModel:
         decodes = [work for work in plan if work.decode]
         prefills = [work for work in plan if not work.decode]
         prefill_tokens = sum(work.tokens for work in prefills)
+        pairs = sum(work.tokens * (2 * work.sequence.computed + work.tokens) // 2 for work in prefills)
+        context_tokens = sum(work.sequence.computed for work in decodes)
         duration_us = self.config.cost.step_us(
             decodes=len(decodes),
-            context_tokens=sum(work.sequence.computed for work in decodes),
+            context_tokens=context_tokens,
             prefill_tokens=prefill_tokens,
-            prefill_pairs=sum(work.tokens * (2 * work.sequence.computed + work.tokens) // 2 for work in prefills),
+            prefill_pairs=pairs,
         )
         self.counters.steps += bool(plan)
+        self.counters.prefill_pairs += pairs
         progress = self._commit(plan, end_us=now_us + duration_us)
-        return StepResult(duration_us, tuple(progress), tuple(fetches), prefill_tokens, len(decodes), tuple(expired))
+        return StepResult(
+            duration_us=duration_us,
+            progress=tuple(progress),
+            fetches=tuple(fetches),
+            prefill_tokens=prefill_tokens,
+            decodes=len(decodes),
+            context_tokens=context_tokens,
+            expired=tuple(expired),
+        )
 
     def plan_leap(self, now_us: int, *, until_us: int) -> Leap | None:
         """Return the steps that begin before `until_us` and only decode, or None; changes nothing.
@@ -448,10 +459,13 @@ class EngineModel:
 
     def _publish(self, sequence: Sequence, *, full: int) -> None:
         """Offer newly filled blocks to the prefix cache."""
-        keys = sequence.request.block_keys
+        keys, blocks = sequence.request.block_keys, sequence.blocks
+        publish, put = self._pool.publish, self._host.put if self.config.host_blocks else None
         for index in range(sequence.published, min(full, len(keys))):
-            self._pool.publish(sequence.blocks[index], keys[index])
-            self._host.put(keys[index])
+            key = keys[index]
+            publish(blocks[index], key)
+            if put is not None:
+                put(key)
         sequence.published = max(sequence.published, full)
 
     def check(self) -> None:

@@ -48,6 +48,8 @@ class StepResult:
     fetches: tuple[FetchStart, ...] = ()
     prefill_tokens: int = 0
     decodes: int = 0
+    context_tokens: int = 0
+    """KV tokens that the decodes read."""
     expired: tuple[str, ...] = ()
     """Requests whose hold ended at the step's start."""
 
@@ -81,6 +83,8 @@ class EngineCounters:
     external_hits: int = 0
     host_hits: int = 0
     """The part of `external_hits` that came from the host tier."""
+    prefill_pairs: int = 0
+    """Pairs of a computed prompt token and one at or before it: what attention costs."""
     preemptions: int = 0
     holds_expired: int = 0
 

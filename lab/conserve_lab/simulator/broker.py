@@ -1,0 +1,199 @@
+"""The production broker core in virtual time: the shell that the service is in real time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from conserve_lab.simulator.engine import SimulatedEngine
+from conserve_lab.simulator.kernel import Kernel, Timer
+from conserve_sdk.core import Broker
+from conserve_sdk.core.events import (
+    Decision,
+    EngineConfigured,
+    EngineObserved,
+    EngineSpec,
+    Event,
+    Granted,
+    LeaseAnswered,
+    LeaseDropped,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseRequested,
+    Refused,
+    SupersedeRequested,
+    TimerFired,
+    TurnFinished,
+    TurnStarted,
+)
+from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.settings import BrokerSettings
+from conserve_sdk.core.units import Incarnation, LeaseId, Ms, RequestId, Tokens
+
+SCRAPE_US = 1_000_000
+"""The service's own interval; policy decisions get worse from 5 s on."""
+
+Answer = Callable[[Lease], None]
+
+
+class SimulatedBroker:
+    """Feeds the core, checks its invariants as it goes, and hands its answers to whoever asked.
+
+    Args:
+        kernel: virtual time; the broker's milliseconds are its microseconds, cut.
+        settings: as in production.
+        engines: what it scrapes, with their specs, in the order of their ids.
+    """
+
+    def __init__(
+        self, kernel: Kernel, settings: BrokerSettings, engines: Sequence[tuple[EngineSpec, SimulatedEngine]]
+    ) -> None:
+        self.core = Broker(settings)
+        self._kernel = kernel
+        self._engines = engines
+        self._ids = count(1)
+        self._asked: dict[RequestId, Answer] = {}
+        self._timer: Timer | None = None
+        self._directives: dict[LeaseId, str] = {}
+        self._moved: set[LeaseId] = set()
+        self.live = True
+        for spec, _ in engines:
+            self._feed(EngineConfigured(now_ms=self.now_ms, spec=spec))
+        self._scrape()
+
+    @property
+    def now_ms(self) -> Ms:
+        """Its clock."""
+        return Ms(self._kernel.now_us // 1000)
+
+    # ---- what clients do --------------------------------------------------------------------------------------
+
+    def request(self, key: LeaseKey, *, input_tokens: int, then: Answer) -> None:
+        """Ask for a lease; `then` is called with it, at once or when there is room."""
+        request_id = RequestId(f"q{next(self._ids)}")
+        self._asked[request_id] = then
+        self._feed(
+            LeaseRequested(
+                now_ms=self.now_ms,
+                request_id=request_id,
+                lease_id=LeaseId(f"l{next(self._ids)}"),
+                key=key,
+                first_turn_input_tokens=Tokens(input_tokens),
+                first_turn_input_bytes=0,
+                deadline_at_ms=Ms(1 << 50),
+            )
+        )
+
+    def replace(self, lease: Lease, *, input_tokens: int, cause: str, then: Answer) -> None:
+        """Ask for another lease in the place of this one; the answer may be the same one."""
+        request_id = RequestId(f"q{next(self._ids)}")
+        self._asked[request_id] = then
+        self._directives.pop(lease.lease_id, None)
+        self._feed(
+            SupersedeRequested(
+                now_ms=self.now_ms,
+                request_id=request_id,
+                lease_id=lease.lease_id,
+                new_lease_id=LeaseId(f"l{next(self._ids)}"),
+                key=lease.key,
+                epoch=lease.epoch,
+                reason=cause,
+                first_turn_input_tokens=Tokens(input_tokens),
+                first_turn_input_bytes=0,
+                deadline_at_ms=self.now_ms,
+            )
+        )
+
+    def turn_started(self, lease: Lease, *, input_tokens: int) -> None:
+        """A turn was sent."""
+        self._feed(TurnStarted(now_ms=self.now_ms, lease_id=lease.lease_id, input_tokens=Tokens(input_tokens)))
+
+    def turn_finished(self, report: TurnFinished) -> None:
+        """A turn ended."""
+        if report.migrated:
+            assert report.lease_id not in self._moved, f"lease {report.lease_id} moved its KV twice"
+            self._moved.add(report.lease_id)
+        self._feed(report)
+
+    def renew(self, lease: Lease) -> None:
+        """The conversation is alive, if silent."""
+        self._feed(LeaseRenewed(now_ms=self.now_ms, lease_id=lease.lease_id))
+
+    def release(self, lease: Lease) -> None:
+        """The conversation is over."""
+        self._feed(LeaseReleased(now_ms=self.now_ms, lease_id=lease.lease_id))
+
+    def directive(self, lease: Lease) -> str:
+        """What the broker wants of this lease at its next turn; empty: nothing."""
+        return self._directives.get(lease.lease_id, "")
+
+    # ---- the shell --------------------------------------------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        self._carry_out(self.core.apply(event))
+        self._plan_timer()
+
+    def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Granted():
+                    then = self._asked.pop(decision.request_id)
+                    self._kernel.after(0, lambda then=then, lease=decision.lease: then(lease))  # type: ignore[misc]
+                case Refused():
+                    raise AssertionError(f"refused in spite of endless patience: {decision.reason} {decision.detail}")
+                case LeaseAnswered():
+                    wanted = str(getattr(decision, "directive", "") or "")
+                    self._directives[decision.lease_id] = "" if wanted in ("none", "NONE") else wanted
+                case LeaseDropped():
+                    self._directives.pop(decision.lease.lease_id, None)
+
+    def _plan_timer(self) -> None:
+        due_ms = self.core.next_deadline_ms()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if due_ms is not None and self.live:
+            self._timer = self._kernel.at(max(due_ms * 1000, self._kernel.now_us), self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        self._feed(TimerFired(now_ms=self.now_ms))
+
+    def _scrape(self) -> None:
+        if not self.live:
+            return
+        for spec, engine in self._engines:
+            engine.settle()
+            model, counters = engine.model, engine.model.counters
+            self._feed(
+                EngineObserved(
+                    now_ms=self.now_ms,
+                    engine_id=spec.engine_id,
+                    incarnation=Incarnation("1"),
+                    models=(spec.model,),
+                    kv_capacity_tokens=Tokens(model.config.kv_capacity_tokens),
+                    kv_used_tokens=Tokens(model.pool.used * model.config.block_size),
+                    block_size_tokens=Tokens(model.config.block_size),
+                    max_model_len_tokens=Tokens(model.config.kv_capacity_tokens),
+                    running=model.running,
+                    waiting=model.waiting,
+                    prefill_tokens_total=Tokens(counters.local_compute_tokens),
+                    prefill_busy_ms_total=Ms(engine.energy.prefill_us // 1000),
+                )
+            )
+        self._check()
+        self._kernel.after(SCRAPE_US, self._scrape)
+
+    def stop(self) -> None:
+        """No more scrapes and timers: the run is over."""
+        self.live = False
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        """The ledger equals the sum over the live leases, by decoder (invariant 3 of the design)."""
+        sums: dict[str, int] = {}
+        for lease in self.core.leases():
+            sums[lease.decoder.engine_id] = sums.get(lease.decoder.engine_id, 0) + lease.ledger_tokens
+        for view in self.core.engines():
+            assert view.kv_leased_tokens == sums.get(view.engine_id, 0), f"ledger of {view.engine_id} is wrong"

@@ -1,0 +1,101 @@
+"""`conserve simulate compare` and `conserve simulate policies`: the commands around the simulator."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from conserve_lab.hardware import engine_kind
+from conserve_lab.simulator.compare import Arm, Cell, compare
+from conserve_lab.simulator.policies import POLICIES, Policy
+from conserve_lab.workloads import WorkloadError
+
+COLUMNS: Mapping[str, str] = {
+    "TTFET p95 / isolated": "ttfet_p95_norm",
+    "TBT p99 ms": "tbt_p99_ms",
+    "TBT p99.9 ms": "tbt_p999_ms",
+    "J / output token": "joules_per_output_token",
+    "wait p95 ms": "queue_wait_p95_ms",
+    "re-prefilled": "reprefilled_tokens",
+    "moved": "moved_tokens",
+}
+
+
+def run_compare(
+    cells: Sequence[Cell],
+    policies: Sequence[Policy],
+    *,
+    seeds: range,
+    json_path: Path | None,
+    processes: int | None,
+    console: Console,
+) -> int:
+    """Run everything, print a table per workload and load, write the rows.
+
+    Raises:
+        RunFailed: a run found itself wrong.
+        WorkloadError: a workload cannot be used.
+        OSError: the file cannot be written.
+    """
+    arms = [Arm(cell=cell, policy=policy, seed=seed) for cell in cells for policy in policies for seed in seeds]
+    with _progress(console, len(arms)) as advance:
+        rows = compare(arms, processes=processes or os.cpu_count() or 1, advance=advance)
+    for cell in cells:
+        console.print(_table(cell, rows))
+    for engine in sorted({cell.engine for cell in cells}):
+        kind = engine_kind(engine)
+        console.print(f"{engine}: {kind.source}", style=None if kind.calibrated else "yellow")
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+        console.print(f"written to {json_path}")
+    return 0
+
+
+def chosen_policies(names: Sequence[str]) -> list[Policy]:
+    """Look up policies; `a0@512` is `a0` with 512 tokens a chunk.
+
+    Raises:
+        WorkloadError: there is none of that name.
+    """
+    found = []
+    for name in names:
+        plain, _, chunk = name.partition("@")
+        if plain not in POLICIES or (chunk and not chunk.isdigit()) or chunk == "0":
+            raise WorkloadError(f"no policy {name!r}: choose from {', '.join(POLICIES)}, each also as NAME@CHUNK")
+        found.append(POLICIES[plain].with_chunk(int(chunk)) if chunk else POLICIES[plain])
+    return found
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Any]:
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("runs", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _table(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Table:
+    name = Path(cell.workload).name
+    title = f"{name}, {cell.per_s:g} conversations/s on {cell.engines} x {cell.engine}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy")
+    for label in COLUMNS:
+        table.add_column(label, justify="right")
+    for row in rows:
+        if (row["workload"], row["load"]) == (name, cell.per_s):
+            table.add_row(row["policy"], *(_shown(row[key]) for key in COLUMNS.values()))
+    return table
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:,.2f}"

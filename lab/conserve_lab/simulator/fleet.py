@@ -1,0 +1,100 @@
+"""A simulated fleet under one policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from conserve_lab.engine_model import EngineModelConfig
+from conserve_lab.hardware import EngineKind
+from conserve_lab.simulator.broker import SimulatedBroker
+from conserve_lab.simulator.engine import SimulatedEngine
+from conserve_lab.simulator.kernel import Kernel
+from conserve_lab.simulator.policies import Policy
+from conserve_sdk.core.events import EngineSpec, Role
+from conserve_sdk.core.settings import PRESETS, BrokerSettings
+from conserve_sdk.core.units import EngineId, ModelName, Ms, TransferGroup
+
+BLOCK_SIZE = 16
+SEQS_MAX = 1024
+HOST_TIMES = 6
+"""Host memory per engine, in times its KV cache."""
+_FOREVER = Ms(1 << 40)
+
+
+class Fleet:
+    """Engines, and the broker if the policy has one.
+
+    Args:
+        kernel: virtual time.
+        policy: how the engines are used.
+        kinds: one per engine, prefillers first.
+    """
+
+    block_size = BLOCK_SIZE
+
+    def __init__(self, kernel: Kernel, policy: Policy, kinds: Sequence[EngineKind]) -> None:
+        self.kernel = kernel
+        self.policy = policy
+        prefillers = policy.prefillers(len(kinds))
+        self.engines = [
+            self._engine(f"{'p' if number < prefillers else 'd'}{number}", kind, prefills=number < prefillers)
+            for number, kind in enumerate(kinds)
+        ]
+        self._by_id = {engine.name: engine for engine in self.engines}
+        self._prefillers, self._decoders = self.engines[:prefillers], self.engines[prefillers:]
+        self._turns = [0, 0]
+        self.broker = self._broker(prefillers) if policy.preset else None
+
+    def engine(self, engine_id: EngineId) -> SimulatedEngine:
+        """The engine of this id."""
+        return self._by_id[engine_id]
+
+    def next_prefiller(self) -> SimulatedEngine:
+        """Round robin."""
+        self._turns[0] += 1
+        return self._prefillers[self._turns[0] % len(self._prefillers)]
+
+    def next_decoder(self) -> SimulatedEngine:
+        """Round robin."""
+        self._turns[1] += 1
+        return self._decoders[self._turns[1] % len(self._decoders)]
+
+    def _engine(self, name: str, kind: EngineKind, *, prefills: bool) -> SimulatedEngine:
+        blocks = kind.kv_tokens // BLOCK_SIZE
+        config = EngineModelConfig(
+            block_size=BLOCK_SIZE,
+            kv_blocks=blocks,
+            max_num_seqs=SEQS_MAX,
+            max_num_batched_tokens=self.policy.prefill_chunk if prefills else self.policy.decode_chunk,
+            long_prefill_token_threshold=0 if prefills else self.policy.long_prefill_tokens,
+            host_blocks=blocks * HOST_TIMES if self.policy.host_tier else 0,
+            cost=kind.cost,
+        )
+        return SimulatedEngine(self.kernel, name, kind, config)
+
+    def _broker(self, prefillers: int) -> SimulatedBroker:
+        placement = PRESETS[self.policy.preset]
+        bytes_per_s = self.engines[0].kind.transfer.bytes_per_s
+        placement = replace(
+            placement,
+            transfer_tokens_per_s=bytes_per_s // self.engines[0].kind.transfer.kv_bytes_per_token,
+        )
+        settings = BrokerSettings(
+            placement=placement,
+            wait_max_ms=_FOREVER,
+            queue_max=1_000_000,
+            suspect_after_ms=_FOREVER,
+            gone_after_ms=_FOREVER,
+        )
+        specs = [
+            EngineSpec(
+                engine_id=EngineId(engine.name),
+                url=f"http://{engine.name}.invalid",
+                role=Role.PREFILLER if number < prefillers else Role.DECODER if prefillers else Role.BOTH,
+                model=ModelName("simulated"),
+                transfer_group=TransferGroup("simulated"),
+            )
+            for number, engine in enumerate(self.engines)
+        ]
+        return SimulatedBroker(self.kernel, settings, list(zip(specs, self.engines, strict=True)))
