@@ -57,7 +57,7 @@ def lab_main(argv: Sequence[str]) -> int:
 
 def simulate_main(argv: Sequence[str]) -> int:
     """Run `conserve simulate`."""
-    return run_commands({"compare": _compare}, argv, name="conserve simulate")
+    return run_commands({"compare": _compare, "paper": _paper}, argv, name="conserve simulate")
 
 
 def emulate_main(argv: Sequence[str]) -> int:
@@ -176,6 +176,29 @@ def _compare(
         seeds=range(seed, seed + seeds),
         json_path=json,
         processes=processes,
+        console=_console(),
+    )
+
+
+def _paper(
+    *,
+    trace: Annotated[
+        str | None, typer.Option(help="The paper's workload as a trace. Default: generated conversations like it.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=50, help="How many seeds.")] = 3,
+    processes: Annotated[int | None, typer.Option(min=1, help="Runs at once. Default: one a core.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw figures like the paper's here (.png or .svg).")] = None,
+    json: Json = None,
+) -> int:
+    """The paper's experiment in virtual time, counted as its code counts and from arrival, beside its figures."""
+    from conserve_lab.simulator.paper_command import run_paper_command
+
+    return run_paper_command(
+        trace or "swe-padded",
+        seeds=range(1, seeds + 1),
+        processes=processes,
+        figure=figure,
+        json_path=json,
         console=_console(),
     )
 

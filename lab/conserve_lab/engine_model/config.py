@@ -84,6 +84,7 @@ class EngineModelConfig:
     """Most prompt tokens of one request in one step; 0 means only the batch limit counts."""
     kv_lease_us: int = 30_000_000
     """How long a finished request's blocks are held for a peer (vLLM's `kv_lease_duration`)."""
+    enable_prefix_caching: bool = True
     host_blocks: int = 0
     """Blocks that fit into the host tier; 0: none."""
     cost: StepCost = field(default_factory=StepCost)

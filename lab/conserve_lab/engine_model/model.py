@@ -461,7 +461,7 @@ class EngineModel:
         """Offer newly filled blocks to the prefix cache."""
         keys, blocks = sequence.request.block_keys, sequence.blocks
         publish, put = self._pool.publish, self._host.put if self.config.host_blocks else None
-        for index in range(sequence.published, min(full, len(keys))):
+        for index in range(sequence.published, min(full, len(keys)) if self.config.enable_prefix_caching else 0):
             key = keys[index]
             publish(blocks[index], key)
             if put is not None:

@@ -157,8 +157,15 @@ class Agent:
                 return fleet.next_prefiller(), fleet.next_decoder()
         assert lease is not None, "the other policies have leases"
         decoder = fleet.engine(lease.decoder.engine_id)
-        migrates = lease.prefiller is not None and (fleet.policy.dispatch is Dispatch.EVERY_TURN or not self._migrated)
-        return (fleet.engine(lease.prefiller.engine_id) if migrates and lease.prefiller else None), decoder
+        disaggregated = fleet.policy.dispatch is Dispatch.EVERY_TURN or not self._migrated or self._flipped
+        if lease.prefiller is None or not disaggregated:
+            return None, decoder
+        return fleet.engine(lease.prefiller.engine_id), decoder
+
+    @property
+    def _flipped(self) -> bool:
+        """Whether a predictor gets this turn wrong: a matter of its place, so that runs can be compared."""
+        return (self._number * 37 + self._turn * 61) % 100 < self._fleet.policy.flip_percent
 
     def _prefill(self, prefiller: SimulatedEngine, decoder: SimulatedEngine) -> None:
         request = self._request(output_tokens=1, hold=True)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from conserve_lab.hardware import engine_kind
 from conserve_lab.simulator.compare import Arm, Cell, compare
 from conserve_lab.simulator.policies import POLICIES, Policy
+from conserve_lab.simulator.progress import progress
 from conserve_lab.workloads import WorkloadError
 
 COLUMNS: Mapping[str, str] = {
@@ -46,7 +45,7 @@ def run_compare(
         OSError: the file cannot be written.
     """
     arms = [Arm(cell=cell, policy=policy, seed=seed) for cell in cells for policy in policies for seed in seeds]
-    with _progress(console, len(arms)) as advance:
+    with progress(console, len(arms)) as advance:
         rows = compare(arms, processes=processes or os.cpu_count() or 1, advance=advance)
     for cell in cells:
         console.print(_table(cell, rows))
@@ -72,14 +71,6 @@ def chosen_policies(names: Sequence[str]) -> list[Policy]:
             raise WorkloadError(f"no policy {name!r}: choose from {', '.join(POLICIES)}, each also as NAME@CHUNK")
         found.append(POLICIES[plain].with_chunk(int(chunk)) if chunk else POLICIES[plain])
     return found
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("runs", total=total)
-        yield lambda: progress.advance(task)
 
 
 def _table(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -13,7 +13,7 @@ from conserve_lab.simulator.kernel import Kernel
 from conserve_lab.simulator.policies import Policy
 from conserve_sdk.core.events import EngineSpec, Role
 from conserve_sdk.core.settings import PRESETS, BrokerSettings
-from conserve_sdk.core.units import EngineId, ModelName, Ms, TransferGroup
+from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Tokens, TransferGroup
 
 BLOCK_SIZE = 16
 SEQS_MAX = 1024
@@ -68,6 +68,7 @@ class Fleet:
             max_num_seqs=SEQS_MAX,
             max_num_batched_tokens=self.policy.prefill_chunk if prefills else self.policy.decode_chunk,
             long_prefill_token_threshold=0 if prefills else self.policy.long_prefill_tokens,
+            enable_prefix_caching=self.policy.prefix_caching,
             host_blocks=blocks * HOST_TIMES if self.policy.host_tier else 0,
             cost=kind.cost,
         )
@@ -94,6 +95,7 @@ class Fleet:
                 role=Role.PREFILLER if number < prefillers else Role.DECODER if prefillers else Role.BOTH,
                 model=ModelName("simulated"),
                 transfer_group=TransferGroup("simulated"),
+                kv_capacity_tokens=Tokens(engine.kind.kv_tokens * self.policy.kv_budget_ppm // MILLION),
             )
             for number, engine in enumerate(self.engines)
         ]

@@ -31,6 +31,10 @@ class Policy:
         prefill_chunk, decode_chunk: `max_num_batched_tokens` per role; engines that do both take `decode_chunk`.
         long_prefill_tokens: vLLM's `long_prefill_token_threshold` on decoders and engines that do both; 0: off.
         host_tier: KV that is evicted goes to host memory.
+        prefix_caching: engines find KV of earlier requests; off as in the paper's full disaggregation.
+        flip_percent: of the follow-up turns, taken through the prefiller although they should not: a predictor that
+            is wrong so often.
+        kv_budget_ppm: share of an engine's KV cache that the broker is told of.
     """
 
     name: str
@@ -42,6 +46,9 @@ class Policy:
     decode_chunk: int = 2944
     long_prefill_tokens: int = 0
     host_tier: bool = False
+    prefix_caching: bool = True
+    flip_percent: int = 0
+    kv_budget_ppm: int = 1_000_000
 
     def prefillers(self, engines: int) -> int:
         """How many of `engines` are prefillers."""
@@ -55,6 +62,8 @@ class Policy:
 
 
 _QUARTER = 0.25
+_PAPER_BUDGET_PPM = 886_700
+"""The published code admits against 308 448 of an A40's 347 872 tokens."""
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
@@ -75,6 +84,25 @@ POLICIES: dict[str, Policy] = {
             prefill_share=_QUARTER,
         ),
         Policy(
+            name="pd-full",
+            about="disaggregated every turn without a prefix cache: the paper's full disaggregation",
+            dispatch=Dispatch.EVERY_TURN,
+            preset="paper",
+            prefill_share=_QUARTER,
+            prefill_chunk=2944,
+            prefix_caching=False,
+            kv_budget_ppm=_PAPER_BUDGET_PPM,
+        ),
+        Policy(
+            name="ampd-10",
+            about="the paper's rule with one follow-up turn in ten sent to the prefiller by mistake (AMPD-like)",
+            preset="paper",
+            prefill_share=_QUARTER,
+            prefill_chunk=2944,
+            flip_percent=10,
+            kv_budget_ppm=_PAPER_BUDGET_PPM,
+        ),
+        Policy(
             name="pd-sticky",
             about="disaggregated every turn, engines stay, only missing blocks move, admission",
             dispatch=Dispatch.EVERY_TURN,
@@ -87,6 +115,7 @@ POLICIES: dict[str, Policy] = {
             preset="paper",
             prefill_share=_QUARTER,
             prefill_chunk=2944,
+            kv_budget_ppm=_PAPER_BUDGET_PPM,
         ),
         Policy(
             name="default",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from conserve_lab.simulator.agent import Story
 from conserve_lab.simulator.fleet import BLOCK_SIZE
-from conserve_lab.simulator.isolated import isolated_ttfet_us
+from conserve_lab.simulator.isolated import isolated
 from conserve_lab.simulator.run import Outcome
 
 ISOLATED_CHUNK = 8_192
@@ -23,12 +24,20 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     """
     kind = outcome.engines[-1].kind
     alone = [
-        isolated_ttfet_us(conversation, kind, chunk_tokens=ISOLATED_CHUNK, block_size=BLOCK_SIZE)
+        isolated(conversation, kind, chunk_tokens=ISOLATED_CHUNK, block_size=BLOCK_SIZE)
         for conversation in outcome.conversations
     ]
+    ttfet = [yardstick.ttfet_us for yardstick in alone]
+    e2e = [yardstick.e2e_us for yardstick in alone]
     arrival = [story.first_tokens_us[-1] - story.arrived_us for story in outcome.stories]
-    artifact = [story.first_tokens_us[-1] - story.granted_us - story.prefill_queue_us for story in outcome.stories]
-    norm = _ratios(arrival, alone)
+    # What the published code leaves out: the wait for admission, and the queues of the prefillers.
+    hidden = [story.granted_us - story.arrived_us + story.prefill_queue_us for story in outcome.stories]
+    artifact = [span - left_out for span, left_out in zip(arrival, hidden, strict=True)]
+    whole = [story.done_us - story.arrived_us for story in outcome.stories]
+    artifact_whole = [span - left_out for span, left_out in zip(whole, hidden, strict=True)]
+    norm = _ratios(arrival, ttfet)
+    tbt_p95_us = outcome.last_gaps.percentile_us(95)
+    alone_tbt_us = statistics.median(yardstick.tbt_us for yardstick in alone)
     output = sum(turn.output_tokens for conversation in outcome.conversations for turn in conversation.turns)
     seen = output + sum(
         conversation.prompt_tokens(number)
@@ -42,11 +51,16 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "ttfet_p50_norm": round(_percentile(norm, 50), 3),
         "ttfet_p95_norm": round(_percentile(norm, 95), 3),
         "ttfet_p95_s": _s(_percentile(arrival, 95)),
-        "artifact_ttfet_p95_norm": round(_percentile(_ratios(artifact, alone), 95), 3),
+        "ttfet_gmean_norm": round(statistics.geometric_mean(norm), 3),
+        "artifact_ttfet_p95_norm": round(_percentile(_ratios(artifact, ttfet), 95), 3),
+        "artifact_ttfet_gmean_norm": round(statistics.geometric_mean(_ratios(artifact, ttfet)), 3),
+        "e2e_p95_norm": round(_percentile(_ratios(whole, e2e), 95), 3),
+        "artifact_e2e_p95_norm": round(_percentile(_ratios(artifact_whole, e2e), 95), 3),
+        "tbt_p95_norm": None if tbt_p95_us is None else round(tbt_p95_us / alone_tbt_us, 3),
         "slo_violations": round(sum(ratio > SLO_TIMES for ratio in norm) / len(norm), 4),
         "ttft_first_p95_s": _s(_percentile(_ttfts(outcome.stories, first=True), 95)),
         "ttft_later_p95_s": _s(_percentile(_ttfts(outcome.stories, first=False), 95)),
-        "tbt_p95_ms": _ms(outcome.last_gaps.percentile_us(95)),
+        "tbt_p95_ms": _ms(tbt_p95_us),
         "tbt_p99_ms": _ms(outcome.last_gaps.percentile_us(99)),
         "tbt_p999_ms": _ms(outcome.last_gaps.percentile_us(99.9)),
         "queue_wait_p95_ms": _ms(
