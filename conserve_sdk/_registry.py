@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk.core.units import ConversationId, EngineId, LeaseId, LineageId, ModelName
-from conserve_sdk.protocol import LeaseGrant, LeaseStatus
+from conserve_sdk.protocol import Binding, LeaseGrant, LeaseStatus
 
-__all__ = ["FirstTurnClaim", "LeaseRef", "LeaseRegistry", "LeaseView", "TurnSlot"]
+__all__ = ["FirstTurnClaim", "LeaseRef", "LeaseRegistry", "LeaseView", "ServedTurn", "TurnSlot"]
 
 IN_USE_MAX_MS = 1_800_000
 """A lease whose tool (or abandoned stream) gives no sign for this long is not renewed any more."""
@@ -31,6 +31,20 @@ class LeaseRef(NamedTuple):
     model: ModelName
 
 
+class ServedTurn(NamedTuple):
+    """What an engine's `usage` said of a lineage's newest turn.
+
+    Attributes:
+        decoder: the engine; its cache now holds the tokens.
+        prompt_bytes: bytes of the prompt's text: with its tokens, the lineage's own ratio.
+    """
+
+    decoder: Binding
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseView:
     """Snapshot of one entry.
@@ -44,6 +58,8 @@ class LeaseView:
         migrated: whether its single KV transfer is done or not due here (local mode, turns were served already, or
             another process was granted it first).
         turns: turns begun in the lineage so far.
+        directive: why the broker wants another lease before the lineage's next turn; empty when it does not.
+        served: the newest turn whose engine gave its usage, None before.
     """
 
     ref: LeaseRef
@@ -52,11 +68,20 @@ class LeaseView:
     lost: str = ""
     migrated: bool = False
     turns: int = 0
+    directive: str = ""
+    served: ServedTurn | None = None
 
     @property
     def hint_engine_id(self) -> EngineId | None:
         """The last decoder: it may still hold a prefix."""
         return EngineId(self.grant.decoder.engine_id) if self.grant else None
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the lineage that the lease's decoder is believed to hold, 0 when nothing says so."""
+        if self.grant is None or self.served is None or self.served.decoder != self.grant.decoder:
+            return 0
+        return self.served.prompt_tokens + self.served.completion_tokens
 
 
 class TurnSlot(NamedTuple):
@@ -100,6 +125,9 @@ class _Entry:
     loop_arrived_at_ms: int | None = None
     waits_for_tools: bool = False
     used_at_ms: int = 0
+    directive: str = ""
+    directive_as_of_ms: int = 0
+    served: ServedTurn | None = None
 
     def is_live(self, now_ms: int) -> bool:
         return self.grant is not None and not self.lost and now_ms < self.expires_at_ms
@@ -183,6 +211,8 @@ class LeaseRegistry:
             # Granted to somebody else before: the one migration is theirs, even if they have not reported it yet.
             claimed = grant.reused and fresh
             entry.migrated = served or claimed or (entry.migrated and not fresh)
+            if fresh:
+                entry.directive = ""  # it spoke of the lease before
             entry.grant = grant
             entry.lost = ""
             self._by_lease[LeaseId(grant.lease_id)] = ref
@@ -196,6 +226,20 @@ class LeaseRegistry:
         with self._lock:
             for entry, _ in self._current(lease_id):
                 entry.migrated = True
+
+    def mark_followed(self, lease_id: LeaseId, *, now_ms: int) -> None:
+        """Note that the lease's directive was followed, as far as it could be: only a later one counts again."""
+        with self._lock:
+            for entry, _ in self._current(lease_id):
+                entry.directive = ""
+                entry.directive_as_of_ms = now_ms
+
+    def mark_served(self, ref: LeaseRef, served: ServedTurn) -> None:
+        """Note what a turn left in its decoder's cache."""
+        with self._lock:
+            entry = self._entries.get(ref)
+            if entry is not None:
+                entry.served = served
 
     def mark_lost(self, lease_id: LeaseId, reason: str) -> None:
         """Note that the lease is of no more use; the next turn of its lineage asks the broker again."""
@@ -238,7 +282,7 @@ class LeaseRegistry:
                 self._in_use.pop(ref, None)
 
     def apply_status(self, status: LeaseStatus, *, sent_at_ms: int, lease_id: LeaseId | None = None) -> None:
-        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, or a loss.
+        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, a directive, or a loss.
 
         Args:
             status: the verdict.
@@ -251,6 +295,7 @@ class LeaseRegistry:
                     entry.lost = entry.lost or status.verdict
                     continue
                 entry.grant = self._replace_token(grant, status.token) if status.token else grant
+                _direct(entry, status, sent_at_ms)
                 self._extend(entry, grant, sent_at_ms, status.expires_in_ms)
 
     def lease_of_token(self, token: str) -> LeaseId | None:
@@ -267,6 +312,20 @@ class LeaseRegistry:
         """Return when the next renewal falls due, None when no lease is in use."""
         with self._lock:
             return min((entry.renew_at_ms for entry in self._renewable(now_ms)), default=None)
+
+    def idle(self, conversation: ConversationId, *, now_ms: int) -> int:
+        """Renew no lease of a conversation any more until its next turn; returns how many were still being renewed.
+
+        Turns that are running go on, and so do their leases.
+        """
+        with self._lock:
+            waiting = [self._entries[ref] for ref in self._by_conversation.get(conversation, {})]
+            waiting = [entry for entry in waiting if entry.waits_for_tools and not entry.in_flight]
+            for entry in waiting:
+                entry.waits_for_tools = False
+                entry.loop_arrived_at_ms = None
+                self._in_use.pop(entry.ref, None)
+            return sum(entry.is_live(now_ms) for entry in waiting)
 
     def drop(self, ref: LeaseRef) -> LeaseGrant | None:
         """Forget an entry and return its grant."""
@@ -365,4 +424,14 @@ def _snapshot(entry: _Entry, now_ms: int) -> LeaseView:
         lost=entry.lost,
         migrated=entry.migrated,
         turns=entry.turns,
+        directive=entry.directive,
+        served=entry.served,
     )
+
+
+def _direct(entry: _Entry, status: LeaseStatus, sent_at_ms: int) -> None:
+    """Keep the broker's newest word on where the lease should be; one that was overtaken changes nothing."""
+    if sent_at_ms < entry.directive_as_of_ms:
+        return
+    entry.directive_as_of_ms = sent_at_ms
+    entry.directive = "" if status.directive == "none" else status.directive_reason or status.directive

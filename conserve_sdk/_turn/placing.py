@@ -10,6 +10,7 @@ from conserve_sdk._turn.budget import Budget
 from conserve_sdk._turn.effects import Flow, acquire, supersede, wait_for
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
+from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
 from conserve_sdk.core.units import LeaseId
 from conserve_sdk.errors import BrokerUnavailable, LeaseError, LeaseRefused
@@ -46,6 +47,7 @@ class Placing:
         self._ref = turn.ref
         self._leaseless: TurnPlan | None = None
         self._may_ride = True
+        self._moving = Moving(kit, turn=turn, budget=budget)
 
     def find(self) -> Flow[Place]:
         """The place of the next attempt; waits for the broker, or for the turn that is asking it already.
@@ -111,7 +113,7 @@ class Placing:
             if self._leaseless is not None:
                 return Place(plan=self._leaseless)
             view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
-            if view.live and view.grant is not None and not _migration_due(view):
+            if view.live and view.grant is not None and not _migration_due(view) and not self._moving.cause(view):
                 return self._on_lease(view.grant)
             host = self._host_of_stranger(view)
             if host is not None:
@@ -134,21 +136,34 @@ class Placing:
     def _lead(self, claim: FirstTurnClaim) -> Flow[Place | None]:
         try:
             view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
+            moves = yield from self._move(view)
             if not (view.live and view.grant is not None):
                 grant = yield from self._acquire(view)
                 if grant is None:
                     self._kit.registry.settle(claim, None)
                     return None
-                view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
+            view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
         except BaseException:
             self._kit.registry.settle(claim, None)
             raise
         assert view.grant is not None
-        self._turn.first_turn = not (view.grant.turns or view.grant.migrations)
+        if not moves:  # a lease that moves takes its history along
+            self._turn.first_turn = not (view.grant.turns or view.grant.migrations)
         if _migration_due(view):
             return self._on_lease(view.grant, claim=claim)
         self._kit.registry.settle(claim, view.grant)
         return self._on_lease(view.grant)
+
+    def _move(self, view: LeaseView) -> Flow[bool]:
+        """Ask for another lease in place of the live one, if there is a cause; tells whether it was asked for."""
+        cause = self._moving.cause(view) if view.live and not _migration_due(view) else None
+        if cause is None:
+            return False
+        sent_at_ms = self._kit.now_ms()
+        grant = yield from self._moving.ask(view, cause)
+        if grant is not None:
+            self._store(grant, sent_at_ms=sent_at_ms)
+        return True
 
     def _acquire(self, view: LeaseView) -> Flow[LeaseGrant | None]:
         """Ask the broker; None: go on without it, on a fallback engine."""
@@ -163,6 +178,7 @@ class Placing:
             first_turn_input_bytes=self._turn.digest.text_bytes,
             wait_ms=wait_ms,
             hint_engine_id=self._hint(view),
+            parent_lease_id=self._parent_lease_id(),
             client=self._kit.options.client[:200],
         )
         sent_at_ms = self._kit.now_ms()
@@ -215,11 +231,20 @@ class Placing:
         """The decoder that may still hold a prefix: the lineage's last one, else its parent's."""
         if view.grant is not None:
             return None if view.lost == "engine_lost" else view.grant.decoder.engine_id
-        parent = self._turn.match.parent
-        if parent is None:
+        parent = self._parent()
+        return parent.decoder.engine_id if parent is not None else None
+
+    def _parent_lease_id(self) -> str | None:
+        """The lease of the lineage that this one branched off: what the broker may keep together."""
+        parent = self._parent()
+        return parent.lease_id if parent is not None else None
+
+    def _parent(self) -> LeaseGrant | None:
+        lineage = self._turn.match.parent
+        if lineage is None:
             return None
-        other = self._kit.registry.view(self._ref._replace(lineage=parent), now_ms=self._kit.now_ms())
-        return other.grant.decoder.engine_id if other.live and other.grant is not None else None
+        view = self._kit.registry.view(self._ref._replace(lineage=lineage), now_ms=self._kit.now_ms())
+        return view.grant if view.live else None
 
     def _wait_ms(self) -> int:
         """What is left of the time for admission, counted from the turn's arrival."""
