@@ -13,7 +13,7 @@ from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
 from conserve_sdk.core.units import LeaseId
-from conserve_sdk.errors import BrokerUnavailable, LeaseError, LeaseRefused
+from conserve_sdk.errors import BrokerError, LeaseError, LeaseRefused, ProtocolError
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
 
 __all__ = ["Place", "Placing"]
@@ -97,9 +97,8 @@ class Placing:
         except LeaseError as error:
             # The broker has forgotten the lease meanwhile; the next attempt asks for a new one.
             self._kit.registry.mark_lost(LeaseId(lease.lease_id), type(error).__name__)
-        except BrokerUnavailable:
-            self._kit.broker_failed()
-            if not self._kit.can_fall_back():
+        except BrokerError as error:
+            if not self._may_do_without(error):
                 raise
             self._kit.registry.mark_lost(LeaseId(lease.lease_id), "broker_unavailable")
             self._fall_back()
@@ -184,15 +183,11 @@ class Placing:
         sent_at_ms = self._kit.now_ms()
         try:
             grant = yield from acquire(request, budget_ms=self._broker_ms(wait_ms))
-        except BrokerUnavailable:
-            self._kit.broker_failed()
-            if not self._kit.can_fall_back():
+        except BrokerError as error:
+            if not self._may_do_without(error):
                 raise
             self._fall_back()
             return None
-        except LeaseRefused as refusal:
-            log.info("lease_refused conversation_id=%s reason=%s", self._ref.conversation_id, refusal.reason)
-            raise
         self._store(grant, sent_at_ms=sent_at_ms)
         return grant
 
@@ -206,6 +201,18 @@ class Placing:
     def _on_lease(self, grant: LeaseGrant, *, claim: FirstTurnClaim | None = None) -> Place:
         plan = self._kit.planner.plan(grant, migration_due=claim is not None)
         return Place(plan=plan, lease=grant, claim=claim, migration_due=claim is not None)
+
+    def _may_do_without(self, error: BrokerError) -> bool:
+        """Whether no broker is there, and there is a way without one. A broker that says no is there."""
+        if isinstance(error, LeaseRefused):
+            log.info("lease_refused conversation_id=%s reason=%s", self._ref.conversation_id, error.reason)
+            return False
+        if isinstance(error, ProtocolError) and error.code:
+            return False
+        if isinstance(error, ProtocolError):  # a proxy's page, another server, another version: worth somebody's look
+            log.warning("broker_not_understood: %s", error)
+        self._kit.broker_failed()
+        return self._kit.can_fall_back()
 
     def _fall_back(self) -> None:
         self._turn.lost("broker_unavailable")

@@ -54,17 +54,13 @@ class DirectedBroker(InMemoryBroker):
             return Reply(status=reply.status, body=BatchAnswer(results=results))
         return reply
 
-    def _response(self, request: httpx2.Request, reply) -> httpx2.Response:
-        if isinstance(reply, bytes):
-            return httpx2.Response(200, content=reply, request=request)
-        return super()._response(request, reply)
-
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         request.read()
         answer = self._serve(request)
         if isinstance(answer, bytes):
-            return self._response(request, answer)
-        return super().handle_request(request) if not isinstance(answer, Reply) else self._response(request, answer)
+            return httpx2.Response(200, content=answer, request=request)
+        assert isinstance(answer, Reply), "no request has to wait here"
+        return self._response(request, answer)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
