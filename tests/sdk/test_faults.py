@@ -14,7 +14,7 @@ from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, fleet_of
 from conserve_lab.stack import broker_entries
 from conserve_sdk import BrokerUnavailable, ConServe, Timeouts, TurnCollector, conversation
-from conserve_sdk.core import PAPER, BrokerSettings, EngineSpec, Role
+from conserve_sdk.core import PAPER, BrokerSettings, EngineDrained, EngineSpec, Role
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens, TransferGroup
 from conserve_sdk.testing import InMemoryBroker
 from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
@@ -214,6 +214,28 @@ def test_a_decoder_that_restarts_between_turns_computes_again(scene) -> None:
     assert turn(world, 1).text == reference(world, turns=1)
     assert world.record.decoder_id == "d0"
     assert world.record.cached_tokens == 0
+    assert world.record.loss == "cache_lost"
+
+
+def test_a_decoder_that_is_slow_is_waited_for(scene) -> None:
+    world = scene()
+    turn(world)
+    world.fleet.faults("d0", slow_ms=300)
+    for number, stream in ((1, False), (2, True)):
+        assert turn(world, number, stream=stream).text == reference(world, turns=number)
+        assert (world.record.decoder_id, world.record.failovers, world.record.loss) == ("d0", 0, "")
+        assert world.record.ttft_ms >= 300
+    assert world.reports("engine_failure") == []
+
+
+def test_a_decoder_that_drains_goes_on_with_what_it_has(scene) -> None:
+    world = scene()
+    turn(world)
+    world.broker._feed(EngineDrained(now_ms=world.clock.now_ms(), engine_id=EngineId("d0"), draining=True))
+    assert turn(world, 1).text == reference(world, turns=1)
+    assert turn(world, 2).text == reference(world, turns=2)
+    assert {record.error for record in world.turns.records} == {""}
+    assert turn(world, conversation_id="new").headers["x-conserve-decoder"] == "d1"
 
 
 @pytest.mark.parametrize("status", [500, 503])
