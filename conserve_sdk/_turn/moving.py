@@ -25,20 +25,28 @@ Cause = Literal["re_lease", "append"]
 
 
 class Moving:
-    """Asks for another lease, at most once per turn. Whatever goes wrong, the turn goes on with the lease it has."""
+    """Asks for another lease, at most once per turn. Whatever goes wrong, the turn goes on with the lease it has.
 
-    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget) -> None:
+    Args:
+        kit: what all turns share.
+        turn: the turn.
+        budget: its time.
+        allowed: False for a request that must not travel with transferred KV: another decoder would compute its whole
+            history, or does not know the stored response it continues. A directive waits for a turn that may.
+    """
+
+    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget, allowed: bool) -> None:
         self._kit = kit
         self._turn = turn
         self._budget = budget
-        self._asked = False
+        self._may_ask = allowed
 
     def cause(self, view: LeaseView) -> Cause | None:
         """Why this turn should ask before it is sent; None: it need not, or must not.
 
         Never inside a turn: neither this one, once it was sent, nor another one of the lineage.
         """
-        if self._asked or self._kit.skips_broker() or self._kit.is_answering(view.ref):
+        if not self._may_ask or self._kit.skips_broker() or self._kit.is_answering(view.ref):
             return None
         if view.directive:
             return "re_lease"
@@ -48,7 +56,7 @@ class Moving:
     def ask(self, view: LeaseView, cause: Cause) -> Flow[LeaseGrant | None]:
         """Ask the broker; None: it gave no lease, and the old one stays."""
         assert view.grant is not None
-        self._asked = True
+        self._may_ask = False
         lease = view.grant
         why = view.directive if cause == "re_lease" else f"about {self._append_tokens(view)} new tokens"
         request = SupersedeRequest(

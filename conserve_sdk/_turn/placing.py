@@ -40,14 +40,14 @@ class Place:
 class Placing:
     """Finds the place of one turn, and another one when its decoder fails."""
 
-    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget) -> None:
+    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget, may_move: bool) -> None:
         self._kit = kit
         self._turn = turn
         self._budget = budget
         self._ref = turn.ref
         self._leaseless: TurnPlan | None = None
         self._may_ride = True
-        self._moving = Moving(kit, turn=turn, budget=budget)
+        self._moving = Moving(kit, turn=turn, budget=budget, allowed=may_move)
 
     def find(self) -> Flow[Place]:
         """The place of the next attempt; waits for the broker, or for the turn that is asking it already.

@@ -204,6 +204,18 @@ def test_no_more_than_its_share_of_the_budget_goes_to_the_old_decoder(directed) 
     assert decode.timeout["read"] == 10.0
 
 
+def test_a_turn_whose_kv_must_not_travel_leaves_the_move_to_the_next(directed) -> None:
+    world = appending(directed)
+    world.turn()
+    told(world)
+    withdrawn(world)
+    world.turn(messages=follow_up(more="x" * 10_000), n=2)
+    assert world.broker.asked == []
+    assert world.engines_called == ["p0", "d0", "d0"]
+    world.turn(messages=[*follow_up(more="x" * 10_000), *follow_up()[1:]])
+    assert [body["cause"] for body in world.broker.asked] == ["re_lease"]
+
+
 def test_a_running_turn_of_the_lineage_is_not_moved_under(directed) -> None:
     world = directed()
     world.turn()
