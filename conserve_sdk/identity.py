@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast
@@ -121,15 +121,16 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
 
             @functools.wraps(function)
             async def marked_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-                with self:
-                    return await function(*args, **kwargs)
+                return await _inside(self, function(*args, **kwargs))
 
             return cast("Callable[P, T]", marked_coroutine)
 
         @functools.wraps(function)
         def marked(*args: P.args, **kwargs: P.kwargs) -> T:
             with self:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            # Such as a lambda's: nothing of it has run yet.
+            return cast("T", _inside(self, result)) if inspect.iscoroutine(result) else result
 
         return marked
 
@@ -142,6 +143,9 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
         mine = next((place for place in reversed(range(len(blocks))) if blocks[place] is self), None)
         if mine is not None:  # else left in a context that never saw it (an async generator closed by its event loop)
             _scope.set(blocks[:mine])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(conversation, lineage=self.lineage), (self.conversation_id,)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -228,6 +232,11 @@ def _baggage_id() -> str | None:
     get_baggage = getattr(sys.modules.get("opentelemetry.baggage"), "get_baggage", None)
     value = get_baggage(BAGGAGE_KEY) if callable(get_baggage) else None
     return str(value) if value not in (None, "") else None
+
+
+async def _inside(block: conversation, coroutine: Coroutine[Any, Any, T]) -> T:
+    with block:
+        return await coroutine
 
 
 def _steps(block: conversation, function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Any]:

@@ -249,7 +249,7 @@ def test_of_two_turns_at_once_one_asks_and_both_go_to_the_new_decoder(directed) 
         def _next(self, call):
             if call.engine == "d0" and call.body.get("max_tokens") == 1:
                 registry, waiting = world.conserve._runtime.kit.registry, None
-                for _ in range(2_000):
+                for _ in range(6_000):
                     waiting = [flight for flight in registry._flights.values() if flight.followers]
                     if waiting:
                         break

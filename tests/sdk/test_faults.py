@@ -234,8 +234,8 @@ def test_a_decoder_that_is_slow_is_waited_for(scene) -> None:
 def test_a_lease_that_moves_pulls_its_history_from_the_old_decoder(scene, why, stream) -> None:
     world = scene()
     world.broker.append_threshold_tokens = 50 if why == "append" else 0
+    world.broker.directive = "re_lease" if why == "re_lease" else "none"  # said to every report of the first turn
     turn(world)
-    world.broker.directive = "re_lease" if why == "re_lease" else "none"
     world.reports()
     world.broker.directive = "none"
     if why == "append":
@@ -260,8 +260,8 @@ def test_a_lease_that_moves_pulls_its_history_from_the_old_decoder(scene, why, s
 
 def test_an_old_decoder_that_died_before_the_move(scene) -> None:
     world = scene()
-    turn(world)
     world.broker.directive = "re_lease"
+    turn(world)
     world.reports()
     world.broker.directive = "none"
     world.fleet.kill("d0")

@@ -228,6 +228,15 @@ class TestThreadsAndGenerators:
         assert await seen() == "a"
         assert current_conversation() is None
 
+    async def test_what_a_wrapped_lambda_awaits_is_marked(self) -> None:
+        async def seen(prefix: str) -> str:
+            await asyncio.sleep(0)
+            return f"{prefix}{current_conversation()}"
+
+        names = [f"c{number}" for number in range(10)]
+        marked = [conversation(name).wrap(lambda: seen("in "))() for name in names]
+        assert await asyncio.gather(*marked) == [f"in {name}" for name in names]
+
     async def test_inside_a_generator_a_block_is_visible_to_its_consumer(self) -> None:
         """What `wrap` is for; Python gives a generator no context of its own (PEP 567)."""
 

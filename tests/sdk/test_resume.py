@@ -30,6 +30,15 @@ def history(turns: int = 0) -> list[dict]:
 # ---- idle -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def waiting(make_world):
+    """A world whose run ended in a tool call, and whose background thread is the test itself."""
+    world = make_world(engine=ScriptedEngine(then="answer").script("d0", EngineReply.chat(tool="look")))
+    world.conserve._runtime.reporter._threaded = False
+    world.turn()
+    return world
+
+
 def renewals(world) -> int:
     """What the background thread would do within the next minute."""
     before = world.asked("/v1/renewals")
@@ -40,9 +49,8 @@ def renewals(world) -> int:
     return world.asked("/v1/renewals") - before
 
 
-def test_a_run_that_ended_in_a_tool_call_is_idle_when_it_says_so(make_world) -> None:
-    world = make_world(engine=ScriptedEngine(then="answer").script("d0", EngineReply.chat(tool="look")))
-    world.turn()
+def test_a_run_that_ended_in_a_tool_call_is_idle_when_it_says_so(waiting) -> None:
+    world = waiting
     world.reports()
     assert renewals(world) > 0  # the tool may be at work
     assert world.broker.core.lease_count() == 1
@@ -56,9 +64,8 @@ def test_a_run_that_ended_in_a_tool_call_is_idle_when_it_says_so(make_world) -> 
     assert world.broker.core.lease_count() == 0
 
 
-def test_a_turn_after_idle_uses_the_lease_and_starts_a_new_tool_loop(make_world) -> None:
-    world = make_world(engine=ScriptedEngine(then="answer").script("d0", EngineReply.chat(tool="look")))
-    world.turn()
+def test_a_turn_after_idle_uses_the_lease_and_starts_a_new_tool_loop(waiting) -> None:
+    world = waiting
     world.conserve.idle("c1")
     world.clock.advance(20_000)
     world.turn(messages=[{"role": "user", "content": "hello " * 400}, *history(1)[1:]])

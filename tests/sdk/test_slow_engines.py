@@ -21,6 +21,7 @@ class Passing:
 
     def __init__(self, world) -> None:
         self.world = world
+        world.conserve._runtime.reporter._threaded = False  # the test is its thread
 
     def pass_ms(self, ms: int) -> None:
         reporter = self.world.conserve._runtime.reporter
@@ -124,8 +125,9 @@ def test_a_wait_that_is_too_long_for_the_application_keeps_the_lease(make_world)
 def test_a_tool_that_takes_its_time_keeps_the_lease_within_reason(make_world, pause_ms) -> None:
     engine = ScriptedEngine(then="answer").script("d0", EngineReply.chat(tool="look"))
     world = make_world(engine=engine)
+    passing = Passing(world)
     world.turn()
-    Passing(world).pass_ms(pause_ms)
+    passing.pass_ms(pause_ms)
     world.turn(messages=history(1))
     kept = pause_ms < 1_800_000  # half an hour without a sign: the program may have gone
     assert (world.asked(), world.record.first_turn) == ((1, False) if kept else (2, True))
