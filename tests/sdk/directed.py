@@ -25,7 +25,8 @@ class DirectedBroker(InMemoryBroker):
     directive, reason: what every status says from now on.
     append_threshold_tokens: what every grant says.
     answer: to a request to move: "move" (another decoder, the old one is its prefiller), "local" (another decoder,
-        nothing moves), "stay" (the live lease as it is), a reply, bytes of an answer, or an exception to raise.
+        nothing moves), "append" (a prefiller for the same decoder), "stay" (the live lease as it is), a reply, bytes
+        of an answer, or an exception to raise.
     asked: bodies of the requests to move.
     """
 
@@ -80,9 +81,12 @@ class DirectedBroker(InMemoryBroker):
             asked_again = {"conversation_id": lease.key.conversation_id, "lineage": lease.key.lineage}
             return self._plain("/v1/leases", {**asked_again, "model": lease.key.model})
         moved = self._plain(request.url.path, {**body, "cause": "failure", "failed_engine_id": old.engine_id})
-        local = {"mode": "local", "prefiller": None}
-        grant = moved.body.model_copy(update=local if self.answer == "local" else {"mode": "migrate", "prefiller": old})
-        return Reply(status=moved.status, body=grant)
+        changes = {
+            "move": {"mode": "migrate", "prefiller": old},
+            "local": {"mode": "local", "prefiller": None},
+            "append": {"mode": "migrate", "decoder": old},
+        }
+        return Reply(status=moved.status, body=moved.body.model_copy(update=changes[self.answer]))
 
     def _plain(self, path: str, body: dict) -> Reply:
         reply = super()._serve(httpx2.Request("POST", self.url + path, content=json.dumps(body).encode()))

@@ -319,6 +319,21 @@ def test_a_giant_append_is_asked_about_first(directed) -> None:
     assert (world.record.migrated, world.record.first_turn, world.record.epoch) == (True, False, 2)
 
 
+def test_a_prefiller_may_compute_it_for_the_same_decoder(directed) -> None:
+    world = appending(directed)
+    world.broker.answer = "append"
+    world.turn()
+    assert world.turn(messages=follow_up(more="x" * 10_000)).text == "ok"
+    assert world.engines_called == ["p0", "d0", "p0", "d0"]
+    assert world.engine.calls[-1].body["kv_transfer_params"]["do_remote_prefill"] is True
+    assert (world.record.migrated, world.record.first_turn, world.record.epoch) == (True, False, 2)
+    assert (world.record.prefill_engine_id, world.record.loss) == ("p0", "")
+    small = [*follow_up(more="x" * 10_000), *follow_up()[1:]]
+    world.turn(messages=small)
+    assert world.engines_called[4:] == ["d0"]
+    assert len(world.broker.asked) == 1
+
+
 def test_the_live_lease_may_be_the_answer(directed) -> None:
     world = appending(directed)
     world.broker.answer = "stay"

@@ -258,6 +258,21 @@ def test_a_lease_that_moves_pulls_its_history_from_the_old_decoder(scene, why, s
     assert world.record.cached_tokens > 300
 
 
+@STREAM
+def test_a_giant_append_may_be_pulled_by_the_decoder_that_has_the_rest(scene, stream) -> None:
+    world = scene()
+    world.broker.append_threshold_tokens, world.broker.answer = 50, "append"
+    turn(world)
+    messages = [*follow_up(0), {"role": "assistant", "content": "well"}, {"role": "user", "content": LONG * 2}]
+    with openai.OpenAI(base_url=f"{world.fleet.engine('d1').url}/v1", api_key="x", max_retries=0) as client:
+        expected = client.chat.completions.create(model="emulated", messages=messages, max_tokens=12)
+    outcome = world.turn(messages=messages, model="emulated", stream=stream, max_tokens=12)
+    assert outcome.text == expected.choices[0].message.content
+    assert (world.record.prefill_engine_id, world.record.decoder_id, world.record.migrated) == ("p0", "d0", True)
+    assert (world.record.loss, world.record.epoch) == ("", 2)
+    assert decoded(world) == [("pull+hold", 200), ("pull+hold", 200)]
+
+
 def test_an_old_decoder_that_died_before_the_move(scene) -> None:
     world = scene()
     world.broker.directive = "re_lease"
