@@ -136,7 +136,8 @@ class Placing:
         try:
             view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
             moves = yield from self._move(view)
-            if not (view.live and view.grant is not None):
+            acquires = not (view.live and view.grant is not None)
+            if acquires:
                 grant = yield from self._acquire(view)
                 if grant is None:
                     self._kit.registry.settle(claim, None)
@@ -146,7 +147,7 @@ class Placing:
             self._kit.registry.settle(claim, None)
             raise
         assert view.grant is not None
-        if not moves:  # a lease that moves takes its history along
+        if acquires or (_migration_due(view) and not moves):  # a lease that moves takes its history along
             self._turn.first_turn = not (view.grant.turns or view.grant.migrations)
         if _migration_due(view):
             return self._on_lease(view.grant, claim=claim)

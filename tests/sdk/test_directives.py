@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from conserve_sdk import Timeouts
+from conserve_sdk._turn import TurnKit
 from conserve_sdk.testing import EngineReply, ScriptedEngine, small_fleet
 
 from .directed import REFUSAL, DirectedBroker, problem
@@ -240,6 +241,18 @@ def test_a_running_turn_of_the_lineage_is_not_moved_under(directed) -> None:
     world.run(blocking, looped)
     assert len(world.broker.asked) == 2
     assert world.record.epoch == 3
+
+
+def test_a_turn_that_gets_in_just_before_is_not_moved_under_either(directed, monkeypatch) -> None:
+    world = directed()
+    world.turn()
+    told(world)
+    withdrawn(world)
+    looks = iter([False, True])  # nobody is being answered; then, as this turn is about to ask, somebody is
+    monkeypatch.setattr(TurnKit, "is_answering", lambda kit, ref: next(looks))
+    world.turn(messages=follow_up())
+    assert (world.broker.asked, world.record.decoder_id, world.record.first_turn) == ([], "d0", False)
+    assert standing(world) == "draining"
 
 
 def test_of_two_turns_at_once_one_asks_and_both_go_to_the_new_decoder(directed) -> None:
