@@ -9,9 +9,12 @@ import httpx2
 import tenacity
 
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
-from conserve_sdk.errors import BrokerUnavailable, ConfigError
+from conserve_sdk.errors import BrokerUnavailable, ConfigError, ProtocolError
 
 __all__ = ["Attempts", "BrokerUrls"]
+
+ANSWER_BYTES_MAX = 8 * 1024 * 1024
+"""Longer than any answer of a broker: a whole batch of results with fresh tokens of the longest allowed size fits."""
 
 BACKOFF_FIRST_MS = 100
 BACKOFF_MAX_MS = 2_000
@@ -74,6 +77,7 @@ class Attempts:
         self._silent_since_s: float | None = None
         self._patience_ms = min(patience_ms, max(0, budget_ms - REFUSAL_MARGIN_MS))
         self._failures = 0
+        self._ends_s = self._started_s
 
     def wait_left_ms(self) -> int:
         """Return how long the broker may still keep us waiting for admission."""
@@ -83,8 +87,31 @@ class Attempts:
         """Address the call to the current broker, with what is left of the budget as its timeout."""
         timeout_s = max(1, min(call.timeout_ms, self._budget_ms - self._elapsed_ms())) / 1000
         timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_MAX_MS / 1000))
+        self._ends_s = self._clock() + timeout_s
         url = self._brokers.urls[self._index] + call.path
         return client.build_request(call.method, url, content=call.content, headers=call.headers, timeout=timeout)
+
+    def received(self, head: httpx2.Response, body: bytearray) -> None:
+        """Check an answer that is being read; `head` is without its body still.
+
+        Raises:
+            ProtocolError: it is longer than an answer can be.
+            httpx2.ReadTimeout: its time is over: httpx2's own limit is one between two pieces.
+        """
+        if len(body) > ANSWER_BYTES_MAX:
+            raise ProtocolError(
+                f"the broker's answer is longer than {ANSWER_BYTES_MAX} bytes: is this URL a ConServe broker?",
+                broker_url=self._brokers.urls[self._index],
+                status=head.status_code,
+            )
+        if self._clock() > self._ends_s:
+            raise httpx2.ReadTimeout("the answer did not end in time", request=head.request)
+
+    @staticmethod
+    def whole(head: httpx2.Response, body: bytearray) -> httpx2.Response:
+        """The answer, read."""
+        headers = [(key, value) for key, value in head.headers.multi_items() if not key.lower().startswith("content-")]
+        return httpx2.Response(head.status_code, headers=headers, content=bytes(body), request=head.request)
 
     def answered(self, result: _T) -> _T:
         """Note that the current broker answered, and return its answer."""

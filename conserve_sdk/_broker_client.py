@@ -160,7 +160,7 @@ class SyncBrokerClient:
         def attempt() -> _T:
             client, call = self._http(), make(attempts.wait_left_ms())
             try:
-                response = client.send(attempts.request(client, call))
+                response = _receive(client, attempts.request(client, call), attempts)
             except httpx2.TransportError as exc:
                 raise attempts.unanswered(exc) from exc
             return attempts.answered(parse(call, response))
@@ -273,7 +273,7 @@ class AsyncBrokerClient:
         async def attempt() -> _T:
             client, call = self._http(), make(attempts.wait_left_ms())
             try:
-                response = await client.send(attempts.request(client, call))
+                response = await _areceive(client, attempts.request(client, call), attempts)
             except httpx2.TransportError as exc:
                 raise attempts.unanswered(exc) from exc
             return attempts.answered(parse(call, response))
@@ -293,6 +293,30 @@ class AsyncBrokerClient:
 
 def _headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _receive(client: httpx2.Client, request: httpx2.Request, attempts: Attempts) -> httpx2.Response:
+    """Send a request and read its answer, however long or slow, within bounds."""
+    head, body = client.send(request, stream=True), bytearray()
+    try:
+        for chunk in head.iter_bytes():
+            body += chunk
+            attempts.received(head, body)
+    finally:
+        head.close()
+    return attempts.whole(head, body)
+
+
+async def _areceive(client: httpx2.AsyncClient, request: httpx2.Request, attempts: Attempts) -> httpx2.Response:
+    """The async twin of `_receive`."""
+    head, body = await client.send(request, stream=True), bytearray()
+    try:
+        async for chunk in head.aiter_bytes():
+            body += chunk
+            attempts.received(head, body)
+    finally:
+        await head.aclose()
+    return attempts.whole(head, body)
 
 
 def _batch_parser(expected: int) -> _Parse[BatchAnswer]:

@@ -36,6 +36,7 @@ _PREAMBLE_KEYS = (
     "cache_salt",
 )
 _LEADING_ROLES = frozenset({"system", "developer"})
+_ROLE_CHARS_MAX = 32
 _MEDIA_KEYS = ("image_url", "input_audio", "audio_url", "video_url", "image_embeds", "file", "file_data", "image_pil")
 
 
@@ -73,6 +74,7 @@ class PromptDigest:
         opening_items: items up to and including the first one that is not the system's.
         sizes: text bytes up to and including each item, ascending. Media (images, audio) count nothing.
         raw: bytes of a prompt string, needed to compare tails of other prompts with it; empty for chains of messages.
+        roles: of the messages (the type of an item without a role), cut to a few characters; empty for prompt strings.
     """
 
     kind: Kind
@@ -80,6 +82,7 @@ class PromptDigest:
     opening_items: int
     sizes: tuple[int, ...]
     raw: bytes = b""
+    roles: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"PromptDigest(kind={self.kind.value!r}, items={self.items}, text_bytes={self.text_bytes})"
@@ -97,6 +100,14 @@ class PromptDigest:
     def bytes_beyond(self, items: int) -> int:
         """Return the text bytes that follow the first `items` items."""
         return self.text_bytes - (self.sizes[items - 1] if items else 0)
+
+    def appended_bytes(self, items: int) -> int:
+        """Return the text bytes that follow the first `items` items and that the model did not write itself.
+
+        What the model wrote is in its decoder's cache already.
+        """
+        own = (number for number in range(max(items, 1), len(self.roles) + 1) if _is_models_own(self.roles[number - 1]))
+        return self.bytes_beyond(items) - sum(self.sizes[number] - self.sizes[number - 1] for number in own)
 
     def link(self, item: int) -> bytes:
         """Return the digest of everything up to and including item number `item` (from 0)."""
@@ -156,6 +167,7 @@ def _digest_items(kind: Kind, body: Mapping[str, Any], messages: Sequence[Any]) 
         head=Head(chain=b"".join(chain), tail_bytes=0, tail=b""),
         opening_items=_opening_items(messages),
         sizes=tuple(sizes),
+        roles=tuple(_role_of(message) for message in messages),
     )
 
 
@@ -202,6 +214,16 @@ def _input_items(given: Any) -> Any:
 def _preamble(kind: Kind, body: Mapping[str, Any]) -> bytes:
     seen = {key: body[key] for key in _PREAMBLE_KEYS if body.get(key) not in (None, [], {}, "")}
     return _canonical([kind.value, seen])
+
+
+def _role_of(message: Any) -> str:
+    named = (message.get("role") or message.get("type")) if isinstance(message, Mapping) else None
+    return named[:_ROLE_CHARS_MAX] if isinstance(named, str) else ""
+
+
+def _is_models_own(role: str) -> bool:
+    """Whether a message, or an item of the Responses API, came from the model."""
+    return role in ("assistant", "reasoning") or role.endswith("_call")
 
 
 def _opening_items(messages: Iterable[Any]) -> int:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 from conserve_sdk._digest import Head, PromptDigest, digest_prompt
 from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._forks import ForkWatch, Rewrite
 from conserve_sdk._kind import Kind
 from conserve_sdk.core.units import ConversationId, LineageId
 
-__all__ = ["Kind", "LineageBook", "LineageMatch", "PromptDigest", "digest_prompt"]
+__all__ = ["Kind", "LineageBook", "LineageMatch", "PromptDigest", "Rewrite", "digest_prompt"]
 
 _SAME_END_MAX = 256
 """Anonymous conversations with the same last link that are looked at (prompt strings under one block have only one)."""
@@ -39,6 +40,7 @@ class LineageMatch:
         parent: for a new lineage of a known conversation, the lineage that shares most with it (the most recent one
             when none shares anything), else None.
         uncached_bytes: bytes of the prompt's text beyond the shared items.
+        append_bytes: of those, the ones that the model did not write itself.
         anonymous: True when `conversation_id` was made up here.
         continued: True when the request names its predecessor (`previous_response_id`) instead of repeating it.
     """
@@ -49,6 +51,7 @@ class LineageMatch:
     shared_items: int
     parent: LineageId | None
     uncached_bytes: int
+    append_bytes: int
     anonymous: bool = False
     continued: bool = False
 
@@ -57,6 +60,7 @@ class LineageMatch:
 class _Conversation:
     anonymous: bool
     heads: OrderedDict[LineageId, list[Head]] = field(default_factory=OrderedDict)
+    forks: ForkWatch = field(default_factory=ForkWatch)
 
 
 class LineageBook:
@@ -103,17 +107,21 @@ class LineageBook:
             known = self._conversations.get(conversation)
             return _match_known(conversation, known or _Conversation(anonymous=False), digest, explicit_lineage)
 
-    def commit(self, match: LineageMatch, digest: PromptDigest, response_id: str | None = None) -> None:
+    def commit(self, match: LineageMatch, digest: PromptDigest, response_id: str | None = None) -> Rewrite | None:
         """Note that the request was served (its prompt is in its decoder's cache).
 
         Args:
             match: of this request.
             digest: of this request.
             response_id: the answer's id, which a later request may name as its predecessor.
+
+        Returns:
+            What the application keeps changing, where this conversation starts over again and again.
         """
         with self._lock:
             entry = self._conversations.setdefault(match.conversation_id, _Conversation(anonymous=match.anonymous))
             self._conversations.move_to_end(match.conversation_id)
+            rewrite = _watch_forks(entry, match, digest)
             heads = entry.heads.setdefault(match.lineage, [])
             entry.heads.move_to_end(match.lineage)
             if not match.continued:
@@ -121,6 +129,7 @@ class LineageBook:
             if response_id:
                 self._responses[response_id] = (match.conversation_id, match.lineage)
             self._evict(match.conversation_id, entry)
+            return rewrite
 
     def forget(self, conversation: ConversationId) -> None:
         """Drop all that is known of a conversation."""
@@ -144,6 +153,7 @@ class LineageBook:
             shared_items=0,
             parent=None,
             uncached_bytes=digest.text_bytes,
+            append_bytes=digest.text_bytes,
             anonymous=entry.anonymous if entry else conversation is None,
             continued=True,
         )
@@ -243,8 +253,20 @@ def _as_match(
         shared_items=shared,
         parent=parent,
         uncached_bytes=digest.bytes_beyond(shared),
+        append_bytes=digest.appended_bytes(shared),
         anonymous=entry.anonymous,
     )
+
+
+def _watch_forks(entry: _Conversation, match: LineageMatch, digest: PromptDigest) -> Rewrite | None:
+    """Count a turn once, at its first commit: the second one finds its own head."""
+    heads = entry.heads.get(match.lineage)
+    if heads is not None:
+        if digest.head not in heads:
+            entry.forks.extended()
+        return None
+    parents = entry.heads.get(match.parent) if match.parent is not None else None
+    return entry.forks.forked(digest, shared_items=match.shared_items, parent=parents[-1]) if parents else None
 
 
 def _closeness(heads: list[Head], digest: PromptDigest) -> tuple[bool, int]:

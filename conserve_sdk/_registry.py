@@ -8,82 +8,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from conserve_sdk._fork import call_in_forked_child
-from conserve_sdk.core.units import ConversationId, EngineId, LeaseId, LineageId, ModelName
+from conserve_sdk._lease_view import FirstTurnClaim, LeaseRef, LeaseView, ServedTurn, TurnSlot
+from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.protocol import LeaseGrant, LeaseStatus
 
-__all__ = ["FirstTurnClaim", "LeaseRef", "LeaseRegistry", "LeaseView", "TurnSlot"]
+__all__ = ["FirstTurnClaim", "LeaseRef", "LeaseRegistry", "LeaseView", "ServedTurn", "TurnSlot"]
 
 IN_USE_MAX_MS = 1_800_000
 """A lease whose tool (or abandoned stream) gives no sign for this long is not renewed any more."""
 
 RENEW_AFTER_MIN_MS = 100
 """However short a life a broker grants, a process does not renew more often than this."""
-
-
-class LeaseRef(NamedTuple):
-    """Key of an entry: the lease key without its tenant, which the broker derives from the API key."""
-
-    conversation_id: ConversationId
-    lineage: LineageId
-    model: ModelName
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseView:
-    """Snapshot of one entry.
-
-    Attributes:
-        grant: the newest grant (with the newest token), kept after its end too: its decoder is a hint then, and its
-            token is what a supersede needs.
-        live: whether turns may use it: neither expired nor lost.
-        lost: why it was lost: empty, `unknown`, `superseded`, `engine_lost`, `bad_token` (the broker's verdict) or
-            what the caller of `mark_lost` said.
-        migrated: whether its single KV transfer is done or not due here (local mode, turns were served already, or
-            another process was granted it first).
-        turns: turns begun in the lineage so far.
-    """
-
-    ref: LeaseRef
-    grant: LeaseGrant | None = None
-    live: bool = False
-    lost: str = ""
-    migrated: bool = False
-    turns: int = 0
-
-    @property
-    def hint_engine_id(self) -> EngineId | None:
-        """The last decoder: it may still hold a prefix."""
-        return EngineId(self.grant.decoder.engine_id) if self.grant else None
-
-
-class TurnSlot(NamedTuple):
-    """A turn that began.
-
-    Attributes:
-        turn: its position in the lineage, from 1.
-        loop_arrived_at_ms: when the first turn of the running tool loop arrived.
-    """
-
-    turn: int
-    loop_arrived_at_ms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FirstTurnClaim:
-    """Answer to `LeaseRegistry.claim`.
-
-    Attributes:
-        leader: True: do the first turn and call `settle`. False: wait for `future`.
-        future: this caller's own future (cancelling it disturbs nobody): the grant once the leader's first turn is
-            through, or None when the leader gave up (claim again then).
-    """
-
-    ref: LeaseRef
-    leader: bool
-    future: Future[LeaseGrant | None]
 
 
 @dataclass(slots=True)
@@ -100,6 +37,9 @@ class _Entry:
     loop_arrived_at_ms: int | None = None
     waits_for_tools: bool = False
     used_at_ms: int = 0
+    directive: str = ""
+    directive_as_of_ms: int = 0
+    served: ServedTurn | None = None
 
     def is_live(self, now_ms: int) -> bool:
         return self.grant is not None and not self.lost and now_ms < self.expires_at_ms
@@ -183,6 +123,8 @@ class LeaseRegistry:
             # Granted to somebody else before: the one migration is theirs, even if they have not reported it yet.
             claimed = grant.reused and fresh
             entry.migrated = served or claimed or (entry.migrated and not fresh)
+            if fresh:
+                entry.directive = ""  # it spoke of the lease before
             entry.grant = grant
             entry.lost = ""
             self._by_lease[LeaseId(grant.lease_id)] = ref
@@ -196,6 +138,20 @@ class LeaseRegistry:
         with self._lock:
             for entry, _ in self._current(lease_id):
                 entry.migrated = True
+
+    def mark_followed(self, lease_id: LeaseId, *, now_ms: int) -> None:
+        """Note that the lease's directive was followed, as far as it could be: only a later one counts again."""
+        with self._lock:
+            for entry, _ in self._current(lease_id):
+                entry.directive = ""
+                entry.directive_as_of_ms = now_ms
+
+    def mark_served(self, ref: LeaseRef, served: ServedTurn) -> None:
+        """Note what a turn left in its decoder's cache."""
+        with self._lock:
+            entry = self._entries.get(ref)
+            if entry is not None:
+                entry.served = served
 
     def mark_lost(self, lease_id: LeaseId, reason: str) -> None:
         """Note that the lease is of no more use; the next turn of its lineage asks the broker again."""
@@ -238,7 +194,7 @@ class LeaseRegistry:
                 self._in_use.pop(ref, None)
 
     def apply_status(self, status: LeaseStatus, *, sent_at_ms: int, lease_id: LeaseId | None = None) -> None:
-        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, or a loss.
+        """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, a directive, or a loss.
 
         Args:
             status: the verdict.
@@ -251,6 +207,7 @@ class LeaseRegistry:
                     entry.lost = entry.lost or status.verdict
                     continue
                 entry.grant = self._replace_token(grant, status.token) if status.token else grant
+                _direct(entry, status, sent_at_ms)
                 self._extend(entry, grant, sent_at_ms, status.expires_in_ms)
 
     def lease_of_token(self, token: str) -> LeaseId | None:
@@ -267,6 +224,20 @@ class LeaseRegistry:
         """Return when the next renewal falls due, None when no lease is in use."""
         with self._lock:
             return min((entry.renew_at_ms for entry in self._renewable(now_ms)), default=None)
+
+    def idle(self, conversation: ConversationId, *, now_ms: int) -> int:
+        """Renew no lease of a conversation any more until its next turn; returns how many were still being renewed.
+
+        Turns that are running go on, and so do their leases.
+        """
+        with self._lock:
+            waiting = [self._entries[ref] for ref in self._by_conversation.get(conversation, {})]
+            waiting = [entry for entry in waiting if entry.waits_for_tools and not entry.in_flight]
+            for entry in waiting:
+                entry.waits_for_tools = False
+                entry.loop_arrived_at_ms = None
+                self._in_use.pop(entry.ref, None)
+            return sum(entry.is_live(now_ms) for entry in waiting)
 
     def drop(self, ref: LeaseRef) -> LeaseGrant | None:
         """Forget an entry and return its grant."""
@@ -365,4 +336,14 @@ def _snapshot(entry: _Entry, now_ms: int) -> LeaseView:
         lost=entry.lost,
         migrated=entry.migrated,
         turns=entry.turns,
+        directive=entry.directive,
+        served=entry.served,
     )
+
+
+def _direct(entry: _Entry, status: LeaseStatus, sent_at_ms: int) -> None:
+    """Keep the broker's newest word on where the lease should be; one that was overtaken changes nothing."""
+    if sent_at_ms < entry.directive_as_of_ms:
+        return
+    entry.directive_as_of_ms = sent_at_ms
+    entry.directive = "" if status.directive == "none" else status.directive_reason or status.directive

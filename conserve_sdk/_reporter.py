@@ -128,10 +128,12 @@ class Reporter:
         Returns:
             When to look again; None: not before something is submitted or a lease comes into use.
         """
-        while self._send_batch(now_ms):
-            pass
-        if now_ms >= self._retry_at_ms:
-            self._renew(now_ms)
+        more = True
+        while more:  # renewals in between: a long queue and a slow broker must not cost a lease its life
+            more = self._send_batch(now_ms)
+            now_ms = max(now_ms, self._clock())
+            if now_ms >= self._retry_at_ms:
+                self._renew(now_ms)
         with self._changed:
             report_at = self._queue[0].submitted_at_ms + self._window_ms if self._queue else None
             renew_at = self._registry.next_renewal_ms(now_ms=now_ms)

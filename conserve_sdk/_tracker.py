@@ -33,6 +33,7 @@ class TurnFacts:
         first_token_us: instant of the first token, None when none was seen.
         gaps_us: times between the events that carried tokens; empty unless streamed.
         prompt_tokens, completion_tokens, cached_tokens: `usage`; 0 when the engine gave none.
+        says_cached: whether it said how many tokens were cached, so that a 0 means none.
         computed_tokens: prompt tokens that the engine says it computed and put into its cache, in whole blocks
             (vLLM 0.32, `PrefillStats.num_cache_creation_tokens`); 0 when it does not say.
         finish_reason: the engine's word (`stop`, `tool_calls`, `length`; `completed` and such for responses).
@@ -48,6 +49,7 @@ class TurnFacts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    says_cached: bool = False
     computed_tokens: int = 0
     finish_reason: str = ""
     tool_names: tuple[str, ...] = ()
@@ -135,6 +137,7 @@ class TurnTracker:
             prompt_tokens=_count(self._usage.get("prompt_tokens", self._usage.get("input_tokens"))),
             completion_tokens=_count(self._usage.get("completion_tokens", self._usage.get("output_tokens"))),
             cached_tokens=_count(details.get("cached_tokens")),
+            says_cached=isinstance(details.get("cached_tokens"), int),
             # Chat says the one, responses the other, completions neither.
             computed_tokens=_count(details.get("created_cache_tokens", details.get("cache_write_tokens"))),
             finish_reason=self._finish,

@@ -1,19 +1,22 @@
 """Which conversation a request belongs to.
 
 Order, first hit wins: the header `X-ConServe-Conversation`, `with conversation(id)`, the header `X-Session-ID` given
-by the application, the framework's own id (LangGraph's `thread_id`), the body's `prompt_cache_key`. None of them:
-the conversation is anonymous and found by content (`_lineage.LineageBook`).
+by the application, the framework's own id (LangGraph's `thread_id`, LangChain's metadata), the body's
+`prompt_cache_key`, OpenTelemetry's baggage `gen_ai.conversation.id`. None of them: the conversation is anonymous and
+found by content (`_lineage.LineageBook`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import re
 import sys
-from collections.abc import Mapping
-from contextvars import ContextVar, Token
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 from conserve_sdk.core.units import ConversationId, LineageId
 from conserve_sdk.errors import ConfigError
@@ -40,7 +43,16 @@ WIRE_ID_MAX_CHARS = 160
 
 _PLAIN_ID = re.compile(rf"[\x21-\x7e]{{1,{WIRE_ID_MAX_CHARS}}}")
 
-_scope: ContextVar[tuple[ConversationId, LineageId | None] | None] = ContextVar("conserve_conversation", default=None)
+BAGGAGE_KEY = "gen_ai.conversation.id"
+"""OpenTelemetry's name for the conversation; some agent frameworks set it as baggage too."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The blocks entered in this context, the innermost last. A block that is left goes, with whatever was entered inside it
+# and never left (an abandoned async generator's). Nothing is shared between contexts, so one object may be entered in
+# many threads, and left in another context.
+_scope: ContextVar[tuple[conversation, ...]] = ContextVar("conserve_conversation", default=())
 
 
 def wire_id(text: str) -> ConversationId:
@@ -63,9 +75,10 @@ def wire_id(text: str) -> ConversationId:
 class conversation:  # noqa: N801 -- reads as a verb at the call site: `with conversation("ticket-17"):`
     """Mark every request made inside the block as a turn of one conversation.
 
-    Works as `with` and as `async with`, nests, and may be left in another context than it was entered in. Threads
-    started inside the block do not inherit it (`asyncio.to_thread` and tasks do). Inside an async generator the mark
-    is visible to the consumer between two items: set it around the consumer instead.
+    Works as `with` and as `async with`, nests, may be entered again and in several threads at once, and may be left in
+    another context than it was entered in. Tasks, `asyncio.to_thread` and LangGraph's pools inherit the mark; a plain
+    `ThreadPoolExecutor` does not, and inside a generator the mark is visible to its consumer between two items. `wrap`
+    is the answer to both.
 
     Args:
         conversation_id: the application's own id.
@@ -78,24 +91,61 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
     def __init__(self, conversation_id: str, *, lineage: str | None = None) -> None:
         named = None if lineage is None else LineageId(wire_id(lineage))
         self._value = (wire_id(conversation_id), named)
-        self._entered: list[Token[tuple[ConversationId, LineageId | None] | None]] = []
 
     @property
     def conversation_id(self) -> ConversationId:
         """The id as it goes over the wire."""
         return self._value[0]
 
+    @property
+    def lineage(self) -> LineageId | None:
+        """The lineage it names, None where the content tells."""
+        return self._value[1]
+
+    def wrap(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Return `function` with every call of it marked, whichever thread or task makes the call.
+
+        ```python
+        with ThreadPoolExecutor() as pool:
+            futures = [pool.submit(conversation("ticket-17").wrap(ask), question) for question in questions]
+        ```
+
+        Coroutine functions stay coroutine functions. The body of a generator function, of either colour, runs marked
+        while its consumer sees nothing of the mark. Works as a decorator too.
+        """
+        if inspect.isasyncgenfunction(function):
+            return cast("Callable[P, T]", functools.wraps(function)(_asteps(self, function)))
+        if inspect.isgeneratorfunction(function):
+            return cast("Callable[P, T]", functools.wraps(function)(_steps(self, function)))
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def marked_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
+                return await _inside(self, function(*args, **kwargs))
+
+            return cast("Callable[P, T]", marked_coroutine)
+
+        @functools.wraps(function)
+        def marked(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self:
+                result = function(*args, **kwargs)
+            # Such as a lambda's: nothing of it has run yet.
+            return cast("T", _inside(self, result)) if inspect.iscoroutine(result) else result
+
+        return marked
+
     def __enter__(self) -> Self:
-        self._entered.append(_scope.set(self._value))
+        _scope.set((*_scope.get(), self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        token = self._entered.pop()
-        try:
-            _scope.reset(token)
-        except ValueError:  # left in another context (an async generator closed by the event loop)
-            if _scope.get() is self._value:
-                _scope.set(None if token.old_value is Token.MISSING else token.old_value)
+        blocks = _scope.get()
+        mine = next((place for place in reversed(range(len(blocks))) if blocks[place] is self), None)
+        if mine is not None:  # else left in a context that never saw it (an async generator closed by its event loop)
+            _scope.set(blocks[:mine])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(conversation, lineage=self.lineage), (self.conversation_id,)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -108,14 +158,14 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
 
 def current_conversation() -> ConversationId | None:
     """Return the id set by the innermost `with conversation(...)`, or None."""
-    scope = _scope.get()
-    return None if scope is None else scope[0]
+    blocks = _scope.get()
+    return blocks[-1].conversation_id if blocks else None
 
 
 def current_lineage() -> LineageId | None:
     """Return the lineage named by the innermost `with conversation(...)`, or None."""
-    scope = _scope.get()
-    return None if scope is None else scope[1]
+    blocks = _scope.get()
+    return blocks[-1].lineage if blocks else None
 
 
 def resolve_conversation(headers: Mapping[str, str], body: Mapping[str, Any] | None = None) -> ConversationId | None:
@@ -134,7 +184,7 @@ def resolve_conversation(headers: Mapping[str, str], body: Mapping[str, Any] | N
     scoped = current_conversation()
     if scoped is not None:
         return scoped
-    found = _header(headers, HEADER_SESSION) or _framework_id() or _cache_key(body)
+    found = _header(headers, HEADER_SESSION) or _framework_id() or _cache_key(body) or _baggage_id()
     return wire_id(found) if found else None
 
 
@@ -175,3 +225,67 @@ def _framework_id() -> str | None:
 def _cache_key(body: Mapping[str, Any] | None) -> str | None:
     value = (body or {}).get("prompt_cache_key")
     return value if isinstance(value, str) and value else None
+
+
+def _baggage_id() -> str | None:
+    """The conversation in OpenTelemetry's baggage, read only where its API is loaded already."""
+    get_baggage = getattr(sys.modules.get("opentelemetry.baggage"), "get_baggage", None)
+    value = get_baggage(BAGGAGE_KEY) if callable(get_baggage) else None
+    return str(value) if value not in (None, "") else None
+
+
+async def _inside(block: conversation, coroutine: Coroutine[Any, Any, T]) -> T:
+    with block:
+        return await coroutine
+
+
+def _steps(block: conversation, function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., Any]:
+    """A generator function whose body alone runs inside the block."""
+
+    def steps(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        inner = function(*args, **kwargs)
+        step: Callable[[], Any] = functools.partial(next, inner)
+        try:
+            while True:
+                try:
+                    with block:
+                        item = step()
+                except StopIteration as end:
+                    return end.value
+                try:
+                    step = functools.partial(inner.send, (yield item))
+                except GeneratorExit:
+                    raise
+                except BaseException as error:  # noqa: BLE001 -- the body decides what it means
+                    step = functools.partial(inner.throw, error)
+        finally:
+            with block:
+                inner.close()
+
+    return steps
+
+
+def _asteps(block: conversation, function: Callable[..., AsyncGenerator[Any, Any]]) -> Callable[..., Any]:
+    """The async twin of `_steps`."""
+
+    async def steps(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        inner = function(*args, **kwargs)
+        step: Callable[[], Any] = functools.partial(anext, inner)
+        try:
+            while True:
+                try:
+                    with block:
+                        item = await step()
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = functools.partial(inner.asend, (yield item))
+                except GeneratorExit:
+                    raise
+                except BaseException as error:  # noqa: BLE001 -- the body decides what it means
+                    step = functools.partial(inner.athrow, error)
+        finally:
+            with block:
+                await inner.aclose()
+
+    return steps

@@ -59,7 +59,7 @@ class TurnFlow:
         ref = LeaseRef(match.conversation_id, match.lineage, ModelName(body.model))
         self._kit = kit
         self._turn = ActiveTurn(kit, ref=ref, match=match, digest=digest, path=path)
-        self._placing = Placing(kit, turn=self._turn, budget=budget)
+        self._placing = Placing(kit, turn=self._turn, budget=budget, may_move=not body.local_because)
         self._legs = Legs(kit, turn=self._turn, original=original, body=body, budget=budget, path=path)
 
     def run(self) -> Flow[Answer]:

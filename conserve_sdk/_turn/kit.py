@@ -61,6 +61,7 @@ class TurnKit:
     planner: TurnPlanner = field(default_factory=LeasePlanner)
     options: TurnOptions = field(default_factory=TurnOptions)
     _running: Counter[LeaseRef] = field(default_factory=Counter)
+    _sent: Counter[LeaseRef] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _broker_rests_until_ms: int = 0
     _warned: set[str] = field(default_factory=set)
@@ -78,14 +79,32 @@ class TurnKit:
         with self._lock:
             self._running[ref] += 1
 
-    def turn_ends(self, ref: LeaseRef) -> bool:
-        """Count it out again; True when no other turn of the lineage is running."""
+    def turn_sent(self, ref: LeaseRef) -> None:
+        """A running turn is at its engines now."""
         with self._lock:
+            self._sent[ref] += 1
+
+    def turn_ends(self, ref: LeaseRef, *, sent: bool) -> bool:
+        """Count it out again; True when no other turn of the lineage is running.
+
+        Args:
+            ref: the lineage.
+            sent: whether `turn_sent` was called for it.
+        """
+        with self._lock:
+            self._sent[ref] -= sent
+            if self._sent[ref] <= 0:
+                del self._sent[ref]
             self._running[ref] -= 1
             idle = self._running[ref] <= 0
             if idle:
                 del self._running[ref]
         return idle
+
+    def is_answering(self, ref: LeaseRef) -> bool:
+        """Whether a turn of the lineage is at its engines."""
+        with self._lock:
+            return self._sent[ref] > 0
 
     def emit(self, record: TurnRecord) -> None:
         """Give a finished turn to every hook; a hook that fails is logged and changes nothing."""
@@ -138,3 +157,4 @@ class TurnKit:
         """In a forked child: nothing of the parent's turns is running here, and locks may be held by nobody."""
         self._lock = threading.Lock()
         self._running = Counter()
+        self._sent = Counter()

@@ -7,8 +7,8 @@ import threading
 
 import httpx2
 
-from conserve_sdk._lineage import LineageMatch, PromptDigest
-from conserve_sdk._registry import LeaseRef
+from conserve_sdk._lineage import LineageMatch, PromptDigest, Rewrite
+from conserve_sdk._registry import LeaseRef, ServedTurn
 from conserve_sdk._tracker import TurnFacts, TurnTracker
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk.core.units import EngineId, LeaseId
@@ -28,6 +28,8 @@ __all__ = ["ActiveTurn", "error_name"]
 log = logging.getLogger("conserve_sdk.turn")
 
 MILLIS_MAX = 86_400_000
+BLOCK_TOKENS_MAX = 256
+"""Whole blocks are cached, and a client does not know how long they are: so much may always be missing."""
 CANCELLED = "client_cancelled"
 STREAM_DROPPED = "stream_dropped"
 
@@ -72,6 +74,7 @@ class ActiveTurn:
         self._arrived_us = kit.clock_us()
         self._slot = kit.registry.begin_turn(ref, arrived_at_ms=self._arrived_us // 1000)
         kit.turn_begins(ref)
+        self._sent = False
         self._finished = False
         self._lock = threading.Lock()
 
@@ -86,6 +89,9 @@ class ActiveTurn:
 
     def sent(self) -> None:
         """The turn is on its way to the engines."""
+        if not self._sent:
+            self._sent = True
+            self._kit.turn_sent(self.ref)
         if self.lease is not None:
             self._submit(TurnStartedReport(token=self._token()))
 
@@ -108,7 +114,9 @@ class ActiveTurn:
     def answered(self) -> None:
         """The decoder's first bytes are there: its cache now holds the prompt."""
         if self.status < 400:
-            self._kit.book.commit(self.match, self.digest)
+            rewrite = self._kit.book.commit(self.match, self.digest)
+            if rewrite is not None:
+                self._kit.warn_once("rewrites", _advice(self.ref, rewrite))
 
     def feed(self, chunk: bytes) -> None:
         """Bytes pass to the application."""
@@ -134,7 +142,9 @@ class ActiveTurn:
             # may be its own: the last one of a prompt that fills its blocks.
             self.migrated = False
             self.lost("transfer_failed")
-        idle = self._kit.turn_ends(self.ref)
+        if not failure:
+            self._account_for_cache(facts)
+        idle = self._kit.turn_ends(self.ref, sent=self._sent)
         goes_on = bool(failure) or facts.calls_tools
         self._kit.registry.end_turn(
             self.ref, now_ms=now_us // 1000, loop_goes_on=goes_on, waits_for_tools=facts.calls_tools
@@ -146,6 +156,24 @@ class ActiveTurn:
         if failure == STREAM_DROPPED and self.status and self.decoder is not None:
             self.engine_failed(self.decoder, phase="decode", detail=f"{type(error).__name__}: {error}")
         self._kit.emit(self._record(facts, failure, now_us=now_us))
+
+    def _account_for_cache(self, facts: TurnFacts) -> None:
+        """Notice a cache that was lost, and note what the decoder holds now."""
+        if self.decoder is None or not facts.prompt_tokens:
+            return
+        before = self._kit.registry.view(self.ref, now_ms=self._kit.now_ms()).served
+        stayed = self.lease is not None and not self.first_turn and not self.migrated
+        if stayed and before is not None and before.decoder == self.decoder and self._misses_cache(facts, before):
+            self.lost("cache_lost")
+        served = ServedTurn(self.decoder, facts.prompt_tokens, facts.completion_tokens, self.digest.text_bytes)
+        self._kit.registry.mark_served(self.ref, served)
+
+    def _misses_cache(self, facts: TurnFacts, before: ServedTurn) -> bool:
+        """Whether less than half of what the turn before left there was found."""
+        known_bytes = self.digest.text_bytes - self.match.uncached_bytes
+        shared_tokens = facts.prompt_tokens * known_bytes // max(self.digest.text_bytes, 1)
+        left_tokens = before.prompt_tokens if self.match.continued else min(before.prompt_tokens, shared_tokens)
+        return facts.says_cached and 2 * facts.cached_tokens < left_tokens - BLOCK_TOKENS_MAX
 
     # ---- what is told -----------------------------------------------------------------------------------------
 
@@ -245,3 +273,12 @@ class ActiveTurn:
     @staticmethod
     def _span_ms(span_us: int) -> int:
         return min(max(span_us // 1000, 0), MILLIS_MAX)
+
+
+def _advice(ref: LeaseRef, rewrite: Rewrite) -> str:
+    system = rewrite.role in ("system", "developer")
+    what = "your system prompt changes each turn" if system else "what was said before changes from turn to turn"
+    return (
+        f"conversation {ref.conversation_id} starts over again and again: {what}, first at message {rewrite.message} "
+        f"(role {rewrite.role!r}). Nothing after it can be served from cache: put what changes at the end of the prompt"
+    )

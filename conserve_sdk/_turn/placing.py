@@ -10,9 +10,10 @@ from conserve_sdk._turn.budget import Budget
 from conserve_sdk._turn.effects import Flow, acquire, supersede, wait_for
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
+from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
 from conserve_sdk.core.units import LeaseId
-from conserve_sdk.errors import BrokerUnavailable, LeaseError, LeaseRefused
+from conserve_sdk.errors import BrokerError, LeaseError, LeaseRefused, ProtocolError
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
 
 __all__ = ["Place", "Placing"]
@@ -39,13 +40,14 @@ class Place:
 class Placing:
     """Finds the place of one turn, and another one when its decoder fails."""
 
-    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget) -> None:
+    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget, may_move: bool) -> None:
         self._kit = kit
         self._turn = turn
         self._budget = budget
         self._ref = turn.ref
         self._leaseless: TurnPlan | None = None
         self._may_ride = True
+        self._moving = Moving(kit, turn=turn, budget=budget, allowed=may_move)
 
     def find(self) -> Flow[Place]:
         """The place of the next attempt; waits for the broker, or for the turn that is asking it already.
@@ -95,9 +97,8 @@ class Placing:
         except LeaseError as error:
             # The broker has forgotten the lease meanwhile; the next attempt asks for a new one.
             self._kit.registry.mark_lost(LeaseId(lease.lease_id), type(error).__name__)
-        except BrokerUnavailable:
-            self._kit.broker_failed()
-            if not self._kit.can_fall_back():
+        except BrokerError as error:
+            if not self._may_do_without(error):
                 raise
             self._kit.registry.mark_lost(LeaseId(lease.lease_id), "broker_unavailable")
             self._fall_back()
@@ -111,7 +112,7 @@ class Placing:
             if self._leaseless is not None:
                 return Place(plan=self._leaseless)
             view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
-            if view.live and view.grant is not None and not _migration_due(view):
+            if view.live and view.grant is not None and not _migration_due(view) and not self._moving.cause(view):
                 return self._on_lease(view.grant)
             host = self._host_of_stranger(view)
             if host is not None:
@@ -134,21 +135,35 @@ class Placing:
     def _lead(self, claim: FirstTurnClaim) -> Flow[Place | None]:
         try:
             view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
-            if not (view.live and view.grant is not None):
+            moves = yield from self._move(view)
+            acquires = not (view.live and view.grant is not None)
+            if acquires:
                 grant = yield from self._acquire(view)
                 if grant is None:
                     self._kit.registry.settle(claim, None)
                     return None
-                view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
+            view = self._kit.registry.view(self._ref, now_ms=self._kit.now_ms())
         except BaseException:
             self._kit.registry.settle(claim, None)
             raise
         assert view.grant is not None
-        self._turn.first_turn = not (view.grant.turns or view.grant.migrations)
+        if acquires or (_migration_due(view) and not moves):  # a lease that moves takes its history along
+            self._turn.first_turn = not (view.grant.turns or view.grant.migrations)
         if _migration_due(view):
             return self._on_lease(view.grant, claim=claim)
         self._kit.registry.settle(claim, view.grant)
         return self._on_lease(view.grant)
+
+    def _move(self, view: LeaseView) -> Flow[bool]:
+        """Ask for another lease in place of the live one, if there is a cause; tells whether it was asked for."""
+        cause = self._moving.cause(view) if view.live and not _migration_due(view) else None
+        if cause is None:
+            return False
+        sent_at_ms = self._kit.now_ms()
+        grant = yield from self._moving.ask(view, cause)
+        if grant is not None:
+            self._store(grant, sent_at_ms=sent_at_ms)
+        return True
 
     def _acquire(self, view: LeaseView) -> Flow[LeaseGrant | None]:
         """Ask the broker; None: go on without it, on a fallback engine."""
@@ -163,20 +178,17 @@ class Placing:
             first_turn_input_bytes=self._turn.digest.text_bytes,
             wait_ms=wait_ms,
             hint_engine_id=self._hint(view),
+            parent_lease_id=self._parent_lease_id(),
             client=self._kit.options.client[:200],
         )
         sent_at_ms = self._kit.now_ms()
         try:
             grant = yield from acquire(request, budget_ms=self._broker_ms(wait_ms))
-        except BrokerUnavailable:
-            self._kit.broker_failed()
-            if not self._kit.can_fall_back():
+        except BrokerError as error:
+            if not self._may_do_without(error):
                 raise
             self._fall_back()
             return None
-        except LeaseRefused as refusal:
-            log.info("lease_refused conversation_id=%s reason=%s", self._ref.conversation_id, refusal.reason)
-            raise
         self._store(grant, sent_at_ms=sent_at_ms)
         return grant
 
@@ -190,6 +202,18 @@ class Placing:
     def _on_lease(self, grant: LeaseGrant, *, claim: FirstTurnClaim | None = None) -> Place:
         plan = self._kit.planner.plan(grant, migration_due=claim is not None)
         return Place(plan=plan, lease=grant, claim=claim, migration_due=claim is not None)
+
+    def _may_do_without(self, error: BrokerError) -> bool:
+        """Whether no broker is there, and there is a way without one. A broker that says no is there."""
+        if isinstance(error, LeaseRefused):
+            log.info("lease_refused conversation_id=%s reason=%s", self._ref.conversation_id, error.reason)
+            return False
+        if isinstance(error, ProtocolError) and error.code:
+            return False
+        if isinstance(error, ProtocolError):  # a proxy's page, another server, another version: worth somebody's look
+            log.warning("broker_not_understood: %s", error)
+        self._kit.broker_failed()
+        return self._kit.can_fall_back()
 
     def _fall_back(self) -> None:
         self._turn.lost("broker_unavailable")
@@ -215,11 +239,20 @@ class Placing:
         """The decoder that may still hold a prefix: the lineage's last one, else its parent's."""
         if view.grant is not None:
             return None if view.lost == "engine_lost" else view.grant.decoder.engine_id
-        parent = self._turn.match.parent
-        if parent is None:
+        parent = self._parent()
+        return parent.decoder.engine_id if parent is not None else None
+
+    def _parent_lease_id(self) -> str | None:
+        """The lease of the lineage that this one branched off: what the broker may keep together."""
+        parent = self._parent()
+        return parent.lease_id if parent is not None else None
+
+    def _parent(self) -> LeaseGrant | None:
+        lineage = self._turn.match.parent
+        if lineage is None:
             return None
-        other = self._kit.registry.view(self._ref._replace(lineage=parent), now_ms=self._kit.now_ms())
-        return other.grant.decoder.engine_id if other.live and other.grant is not None else None
+        view = self._kit.registry.view(self._ref._replace(lineage=lineage), now_ms=self._kit.now_ms())
+        return view.grant if view.live else None
 
     def _wait_ms(self) -> int:
         """What is left of the time for admission, counted from the turn's arrival."""

@@ -14,11 +14,12 @@ from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, fleet_of
 from conserve_lab.stack import broker_entries
 from conserve_sdk import BrokerUnavailable, ConServe, Timeouts, TurnCollector, conversation
-from conserve_sdk.core import PAPER, BrokerSettings, EngineSpec, Role
+from conserve_sdk.core import EngineDrained, EngineSpec, Role
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens, TransferGroup
-from conserve_sdk.testing import InMemoryBroker
 from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
 from conserve_sdk.transport._runtime import monotonic_us
+
+from .directed import DirectedBroker
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -73,7 +74,7 @@ def scene(make_world):
         fleet = EmulatedFleet(fleet_of(engines, defaults={**QUICK, **(defaults or {})}))
         fleet.start()
         between = Between()
-        broker = InMemoryBroker([spec(engine) for engine in fleet.engines], settings=BrokerSettings(placement=PAPER))
+        broker = DirectedBroker([spec(engine) for engine in fleet.engines])
         world = make_world(broker=broker, engine_transport=between, clock_us=monotonic_us, **options)
         world.fleet, world.between = fleet, between
         opened.append((fleet, world, between))
@@ -214,6 +215,83 @@ def test_a_decoder_that_restarts_between_turns_computes_again(scene) -> None:
     assert turn(world, 1).text == reference(world, turns=1)
     assert world.record.decoder_id == "d0"
     assert world.record.cached_tokens == 0
+    assert world.record.loss == "cache_lost"
+
+
+def test_a_decoder_that_is_slow_is_waited_for(scene) -> None:
+    world = scene()
+    turn(world)
+    world.fleet.faults("d0", slow_ms=300)
+    for number, stream in ((1, False), (2, True)):
+        assert turn(world, number, stream=stream).text == reference(world, turns=number)
+        assert (world.record.decoder_id, world.record.failovers, world.record.loss) == ("d0", 0, "")
+        assert world.record.ttft_ms >= 300
+    assert world.reports("engine_failure") == []
+
+
+@STREAM
+@pytest.mark.parametrize("why", ["re_lease", "append"])
+def test_a_lease_that_moves_pulls_its_history_from_the_old_decoder(scene, why, stream) -> None:
+    world = scene()
+    world.broker.append_threshold_tokens = 50 if why == "append" else 0
+    world.broker.directive = "re_lease" if why == "re_lease" else "none"  # said to every report of the first turn
+    turn(world)
+    world.reports()
+    world.broker.directive = "none"
+    if why == "append":
+        messages = [*follow_up(0), {"role": "assistant", "content": "well"}, {"role": "user", "content": LONG * 2}]
+    else:
+        messages = follow_up(1)
+    with openai.OpenAI(base_url=f"{world.fleet.engine('p0').url}/v1", api_key="x", max_retries=0) as client:
+        expected = client.chat.completions.create(model="emulated", messages=messages, max_tokens=12)
+    outcome = world.turn(messages=messages, model="emulated", stream=stream, max_tokens=12)
+    assert outcome.text == expected.choices[0].message.content
+    assert [body["cause"] for body in world.broker.asked] == [why]
+    assert (world.record.prefill_engine_id, world.record.decoder_id, world.record.migrated) == ("d0", "d1", True)
+    assert (world.record.loss, world.record.first_turn) == ("", False)
+    leg = world.fleet.engine("d0").requests[-1]
+    assert leg.cached_tokens > 300  # the old decoder computed what was new only
+    assert [request.kv for request in world.fleet.engine("d1").requests] == ["pull+hold"]
+    more = [*messages, {"role": "assistant", "content": "well"}, {"role": "user", "content": "go on"}]
+    world.turn(messages=more, model="emulated", max_tokens=12)
+    assert world.record.decoder_id == "d1"
+    assert world.record.cached_tokens > 300
+
+
+@STREAM
+def test_a_giant_append_may_be_pulled_by_the_decoder_that_has_the_rest(scene, stream) -> None:
+    world = scene()
+    world.broker.append_threshold_tokens, world.broker.answer = 50, "append"
+    turn(world)
+    messages = [*follow_up(0), {"role": "assistant", "content": "well"}, {"role": "user", "content": LONG * 2}]
+    with openai.OpenAI(base_url=f"{world.fleet.engine('d1').url}/v1", api_key="x", max_retries=0) as client:
+        expected = client.chat.completions.create(model="emulated", messages=messages, max_tokens=12)
+    outcome = world.turn(messages=messages, model="emulated", stream=stream, max_tokens=12)
+    assert outcome.text == expected.choices[0].message.content
+    assert (world.record.prefill_engine_id, world.record.decoder_id, world.record.migrated) == ("p0", "d0", True)
+    assert (world.record.loss, world.record.epoch) == ("", 2)
+    assert decoded(world) == [("pull+hold", 200), ("pull+hold", 200)]
+
+
+def test_an_old_decoder_that_died_before_the_move(scene) -> None:
+    world = scene()
+    world.broker.directive = "re_lease"
+    turn(world)
+    world.reports()
+    world.broker.directive = "none"
+    world.fleet.kill("d0")
+    assert turn(world, 1).text == reference(world, turns=1)
+    assert (world.record.loss, world.record.decoder_id, world.record.failovers) == ("prefill_failed", "d1", 0)
+
+
+def test_a_decoder_that_drains_goes_on_with_what_it_has(scene) -> None:
+    world = scene()
+    turn(world)
+    world.broker._feed(EngineDrained(now_ms=world.clock.now_ms(), engine_id=EngineId("d0"), draining=True))
+    assert turn(world, 1).text == reference(world, turns=1)
+    assert turn(world, 2).text == reference(world, turns=2)
+    assert {record.error for record in world.turns.records} == {""}
+    assert turn(world, conversation_id="new").headers["x-conserve-decoder"] == "d1"
 
 
 @pytest.mark.parametrize("status", [500, 503])

@@ -1,13 +1,22 @@
 """Who is talking: the order of the sources, and a mark that survives tasks, threads and foreign contexts."""
 
 import asyncio
+import contextlib
 import contextvars
+import inspect
+import pickle
 import re
+import subprocess
 import sys
+import textwrap
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import opentelemetry.baggage as otel_baggage
+import opentelemetry.baggage.propagation as otel_propagation
+import opentelemetry.context as otel_context
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +45,21 @@ def langgraph_config(monkeypatch):
     module.var_child_runnable_config = variable
     monkeypatch.setitem(sys.modules, "langchain_core.runnables.config", module)
     return variable
+
+
+@pytest.fixture
+def baggage():
+    """A block in which OpenTelemetry's baggage names a conversation."""
+
+    @contextlib.contextmanager
+    def named(value):
+        token = otel_context.attach(otel_baggage.set_baggage("gen_ai.conversation.id", value))
+        try:
+            yield
+        finally:
+            otel_context.detach(token)
+
+    return named
 
 
 class TestWireId:
@@ -142,9 +166,155 @@ class TestConversationBlock:
         assert current_conversation() is None
 
 
+class TestThreadsAndGenerators:
+    """Where a mark would be lost or seen by others, and what helps."""
+
+    def test_one_object_in_many_threads_at_once(self) -> None:
+        block, inside, seen = conversation("a"), threading.Barrier(2), []
+
+        def enter_and_leave(outer: str) -> None:
+            with conversation(outer):
+                with block:
+                    inside.wait(30)  # both are in
+                    seen.append(current_conversation())
+                    inside.wait(30)
+                seen.append(current_conversation())
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(enter_and_leave, outer) for outer in ("x", "y")]:
+                done.result(60)
+        assert sorted(seen) == ["a", "a", "x", "y"]
+
+    def test_a_block_takes_along_what_was_entered_inside_it_and_never_left(self) -> None:
+        abandoned = conversation("inside")
+        with conversation("outside"):
+            abandoned.__enter__()
+        assert current_conversation() is None
+        with conversation("next"):
+            abandoned.__exit__(None, None, None)  # late
+            assert current_conversation() == "next"
+
+    def test_a_wrapped_function_is_marked_in_a_pool(self) -> None:
+        def seen(prefix: str, *, suffix: str) -> str:
+            return f"{prefix}{current_conversation()}{suffix}"
+
+        with ThreadPoolExecutor(2) as pool:
+            names = [f"c{number}" for number in range(20)]
+            futures = [pool.submit(conversation(name).wrap(seen), "<", suffix=">") for name in names]
+            assert [future.result(30) for future in futures] == [f"<{name}>" for name in names]
+            assert pool.submit(current_conversation).result(30) is None  # nothing is left in the pool's threads
+
+    def test_a_copied_context_is_marked_in_a_pool(self) -> None:
+        with conversation("a"), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(contextvars.copy_context().run, current_conversation).result(30) == "a"
+
+    def test_a_wrapped_function_that_raises_leaves_no_mark(self) -> None:
+        @conversation("a").wrap
+        def fail() -> None:
+            raise KeyError(current_conversation())
+
+        with pytest.raises(KeyError, match="a"):
+            fail()
+        assert current_conversation() is None
+        assert fail.__name__ == "fail"
+
+    async def test_a_wrapped_coroutine_function_stays_one(self) -> None:
+        @conversation("a").wrap
+        async def seen() -> str | None:
+            await asyncio.sleep(0)
+            return current_conversation()
+
+        assert inspect.iscoroutinefunction(seen)
+        assert await seen() == "a"
+        assert current_conversation() is None
+
+    async def test_what_a_wrapped_lambda_awaits_is_marked(self) -> None:
+        async def seen(prefix: str) -> str:
+            await asyncio.sleep(0)
+            return f"{prefix}{current_conversation()}"
+
+        names = [f"c{number}" for number in range(10)]
+        marked = [conversation(name).wrap(lambda: seen("in "))() for name in names]
+        assert await asyncio.gather(*marked) == [f"in {name}" for name in names]
+
+    async def test_inside_a_generator_a_block_is_visible_to_its_consumer(self) -> None:
+        """What `wrap` is for; Python gives a generator no context of its own (PEP 567)."""
+
+        async def items():
+            with conversation("inside"):
+                yield current_conversation()
+
+        seen = [(item, current_conversation()) async for item in items()]
+        assert seen == [("inside", "inside")]
+
+    def test_a_wrapped_generator_keeps_its_mark_to_itself(self) -> None:
+        notes = []
+
+        @conversation("inside").wrap
+        def items(first):
+            try:
+                got = yield (first, current_conversation())
+                try:
+                    yield (got, current_conversation())
+                except KeyError:
+                    yield ("caught", current_conversation())
+                return current_conversation()
+            finally:
+                notes.append(current_conversation())
+
+        with conversation("outside"):
+            walk = items(1)
+            assert next(walk) == (1, "inside")
+            assert current_conversation() == "outside"
+            assert walk.send("sent") == ("sent", "inside")
+            assert walk.throw(KeyError()) == ("caught", "inside")
+            with pytest.raises(StopIteration) as end:
+                next(walk)
+            assert end.value.value == "inside"
+            left = items(2)
+            next(left)
+            left.close()
+            assert current_conversation() == "outside"
+        assert notes == ["inside", "inside"]
+
+    async def test_a_wrapped_async_generator_keeps_its_mark_to_itself(self) -> None:
+        notes = []
+
+        @conversation("inside").wrap
+        async def items(first):
+            try:
+                got = yield (first, current_conversation())
+                await asyncio.sleep(0)
+                try:
+                    yield (got, current_conversation())
+                except KeyError:
+                    yield ("caught", current_conversation())
+            finally:
+                notes.append(current_conversation())
+
+        with conversation("outside"):
+            walk = items(1)
+            assert await anext(walk) == (1, "inside")
+            assert current_conversation() == "outside"
+            assert await walk.asend("sent") == ("sent", "inside")
+            assert await walk.athrow(KeyError()) == ("caught", "inside")
+            with pytest.raises(StopAsyncIteration):
+                await anext(walk)
+            left = items(2)
+            await anext(left)
+            await left.aclose()
+            assert current_conversation() == "outside"
+        assert notes == ["inside", "inside"]
+
+    def test_a_block_can_be_pickled(self) -> None:
+        with pickle.loads(pickle.dumps(conversation("two words", lineage="main"))) as again:
+            assert (current_conversation(), current_lineage()) == (wire_id("two words"), "main")
+        assert again.conversation_id == wire_id("two words")
+
+
 class TestResolve:
-    def test_order_of_the_sources(self, langgraph_config) -> None:
-        langgraph_config.set({"configurable": {"thread_id": "thread"}})
+    def test_order_of_the_sources(self, langgraph_config, baggage) -> None:
+        langgraph_config.set({"configurable": {"thread_id": "thread"}, "metadata": {"session_id": "metadata"}})
         body = {"prompt_cache_key": "key"}
         headers = {HEADER_CONVERSATION: "header", HEADER_SESSION: "session"}
         with conversation("block"):
@@ -153,8 +323,12 @@ class TestResolve:
             assert resolve_conversation(headers, body) == "block"
         assert resolve_conversation(headers, body) == "session"
         assert resolve_conversation({}, body) == "thread"
+        langgraph_config.set({"metadata": {"session_id": "metadata"}})
+        assert resolve_conversation({}, body) == "metadata"
         langgraph_config.set(None)
-        assert resolve_conversation({}, body) == "key"
+        with baggage("baggage"):
+            assert resolve_conversation({}, body) == "key"
+            assert resolve_conversation({}, {}) == "baggage"
         assert resolve_conversation({}, {}) is None
         assert resolve_conversation({}) is None
 
@@ -200,6 +374,34 @@ class TestResolve:
         monkeypatch.delitem(sys.modules, "langchain_core.runnables.config", raising=False)
         assert resolve_conversation({}) is None
         assert "langchain_core.runnables.config" not in sys.modules
+
+
+class TestBaggage:
+    """Against the real opentelemetry-api."""
+
+    @pytest.mark.parametrize(("value", "expected"), [("a", "a"), (17, "17"), ("", None), (None, None)])
+    def test_values(self, baggage, value: object, expected: str | None) -> None:
+        with baggage(value):
+            assert resolve_conversation({}) == expected
+
+    def test_values_that_came_with_a_request_are_made_fit_for_the_wire(self) -> None:
+        context = otel_propagation.W3CBaggagePropagator().extract({"baggage": "gen_ai.conversation.id=two%20words"})
+        token = otel_context.attach(context)
+        try:
+            assert resolve_conversation({}) == wire_id("two words")
+        finally:
+            otel_context.detach(token)
+
+    def test_without_opentelemetry_nothing_is_imported(self) -> None:
+        program = textwrap.dedent("""
+            import sys
+            from conserve_sdk.identity import resolve_conversation
+            import conserve_sdk.client
+            assert resolve_conversation({}, {}) is None
+            print([name for name in sys.modules if name.partition(".")[0] in ("opentelemetry", "langchain_core")])
+        """)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+        assert done.stdout.strip() == "[]"
 
 
 class TestResolveLineage:

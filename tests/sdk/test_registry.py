@@ -5,7 +5,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from conserve_sdk._registry import IN_USE_MAX_MS, LeaseRegistry, LeaseView
+from conserve_sdk._registry import IN_USE_MAX_MS, LeaseRegistry, LeaseView, ServedTurn
 from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.protocol import LeaseStatus
 
@@ -89,6 +89,92 @@ class TestLife:
         registry.apply_status(ok("other"), sent_at_ms=0)
         registry.mark_lost(LeaseId("other"), "x")
         assert registry.view(REF, now_ms=0).grant is None
+
+
+class TestDirectives:
+    def told(self, registry, sent_at_ms: int, **fields) -> str:
+        registry.apply_status(ok(**fields), sent_at_ms=sent_at_ms)
+        return registry.view(REF, now_ms=sent_at_ms).directive
+
+    def test_stands_until_it_is_withdrawn(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        assert self.told(registry, 1, directive="re_lease", directive_reason="load") == "load"
+        assert registry.view(REF, now_ms=50_000).directive == "load"
+        assert self.told(registry, 2, directive="re_lease") == "re_lease"
+        assert self.told(registry, 3) == ""
+
+    def test_an_overtaken_word_changes_nothing(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        self.told(registry, 10, directive="re_lease")
+        assert self.told(registry, 9) == "re_lease"
+
+    def test_what_was_said_before_it_was_followed_does_not_count_again(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        self.told(registry, 10, directive="re_lease")
+        registry.mark_followed(L1, now_ms=20)
+        assert self.told(registry, 19, directive="re_lease") == ""
+        assert self.told(registry, 20, directive="re_lease") == "re_lease"
+
+    def test_ends_with_its_lease(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        self.told(registry, 10, directive="re_lease")
+        assert registry.store(REF, grant(reused=True), sent_at_ms=11).directive == "re_lease"
+        assert registry.store(REF, grant("L2"), sent_at_ms=12).directive == ""
+        registry.apply_status(ok("L1", directive="re_lease"), sent_at_ms=13)
+        assert registry.view(REF, now_ms=13).directive == ""
+
+    def test_a_loss_says_nothing_of_it(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        registry.apply_status(LeaseStatus(lease_id="L1", verdict="unknown", directive="re_lease"), sent_at_ms=1)
+        assert registry.view(REF, now_ms=1).directive == ""
+
+
+class TestServed:
+    def test_the_decoder_holds_prompt_and_answer_of_the_newest_turn(self, registry) -> None:
+        lease = grant()
+        registry.store(REF, lease, sent_at_ms=0)
+        assert registry.view(REF, now_ms=0).held_tokens == 0
+        registry.mark_served(REF, ServedTurn(lease.decoder, 100, 5, 400))
+        assert registry.view(REF, now_ms=0).held_tokens == 105
+
+    def test_another_decoder_or_incarnation_holds_nothing(self, registry) -> None:
+        lease = grant()
+        registry.store(REF, lease, sent_at_ms=0)
+        restarted = lease.decoder.model_copy(update={"incarnation": "2"})
+        registry.mark_served(REF, ServedTurn(restarted, 100, 5, 400))
+        assert registry.view(REF, now_ms=0).held_tokens == 0
+
+    def test_of_a_forgotten_lineage_is_no_news(self, registry) -> None:
+        registry.mark_served(REF, ServedTurn(grant().decoder, 100, 5, 400))
+        assert registry.view(REF, now_ms=0) == LeaseView(ref=REF)
+
+
+class TestIdle:
+    C = ConversationId("c")
+
+    def test_a_lease_that_waits_for_a_tool_is_not_renewed_any_more(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        registry.begin_turn(REF, arrived_at_ms=0)
+        registry.end_turn(REF, now_ms=1_000, loop_goes_on=True)
+        assert registry.idle(ConversationId("other"), now_ms=1_000) == 0
+        assert len(registry.due_renewals(now_ms=30_000)) == 1
+        assert registry.idle(self.C, now_ms=1_000) == 1
+        assert registry.idle(self.C, now_ms=1_000) == 0
+        assert registry.next_renewal_ms(now_ms=30_000) is None
+        assert registry.view(REF, now_ms=30_000).live
+        assert registry.begin_turn(REF, arrived_at_ms=40_000) == (2, 40_000)  # another tool loop
+        assert registry.next_renewal_ms(now_ms=40_000) == 20_000
+
+    def test_running_turns_and_dead_leases_do_not_count(self, registry) -> None:
+        registry.store(REF, grant(), sent_at_ms=0)
+        for _ in range(2):
+            registry.begin_turn(REF, arrived_at_ms=0)
+        registry.end_turn(REF, now_ms=1_000, loop_goes_on=True)
+        assert registry.idle(self.C, now_ms=1_000) == 0
+        assert registry.next_renewal_ms(now_ms=1_000) == 20_000
+        registry.end_turn(REF, now_ms=2_000, loop_goes_on=True)
+        assert registry.idle(self.C, now_ms=60_000) == 0  # it has expired, but no tool is waited for either
+        assert registry.begin_turn(REF, arrived_at_ms=70_000) == (3, 70_000)
 
 
 class TestMigrated:

@@ -47,12 +47,14 @@ class Scripted:
         self.down: Exception | int | None = None
         self.verdict: dict = {"verdict": "ok", "expires_in_ms": 60_000}
         self.answered = threading.Event()
+        self.takes = lambda: None
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         body = json.loads(request.content)
         entries = body.get("reports") or [{"token": token} for token in body["tokens"]]
         self.calls.append((request.url.path, len(entries)))
         self.answered.set()
+        self.takes()
         if isinstance(self.down, Exception):
             raise self.down
         if self.down:
@@ -222,6 +224,19 @@ class TestRenewals:
         assert bench.pump(20_000) == 20_000
         assert bench.broker.calls == [("/v1/renewals", 500), ("/v1/renewals", 1)]
 
+    def test_are_not_kept_waiting_by_a_long_queue_at_a_slow_broker(self) -> None:
+        bench = Bench(batch_max=100, call_budget_ms=5_000)
+        bench.use()
+        bench.broker.takes = lambda: bench.clock.advance(4_000)
+        for number in range(2_000):
+            bench.reporter.submit(started(f"token-other-{number}"))
+        bench.pump()
+        renewals = [place for place, (path, _) in enumerate(bench.broker.calls) if path == "/v1/renewals"]
+        assert renewals[0] == 5  # after 20 s
+        assert len(renewals) >= 3
+        assert bench.registry.view(REF, now_ms=bench.clock.now_ms()).live  # 80 s later, with a life of 60 s
+        assert sum(count for path, count in bench.broker.calls if path == "/v1/reports") == 2_000
+
     def test_a_loss_is_fed_back_and_not_renewed_again(self, bench: Bench) -> None:
         bench.use()
         bench.broker.verdict = {"verdict": "engine_lost"}
@@ -350,6 +365,29 @@ class TestThread:
         for i in range(8):  # in the order of each thread
             mine = [int(t.partition(".")[2]) for t in threaded.broker.tokens if t.startswith(f"token-{i}.")]
             assert mine == list(range(100))
+
+    def test_a_broker_that_hangs_blocks_no_turn(self) -> None:
+        bench = Bench(threaded=True, batch_max=10, queue_max=50, call_budget_ms=60_000, clock=_reporter.monotonic_ms)
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            hangs.set()
+            goes_on.wait(100)
+
+        bench.broker.takes = hang
+        try:
+            for number in range(10):
+                bench.reporter.submit(started(f"token-{number}"))
+            assert hangs.wait(30)
+            for number in range(10, 110):  # the first ten are on their way
+                bench.reporter.submit(started(f"token-{number}"))
+            assert not goes_on.is_set()
+            assert bench.reporter.dropped == 50  # the oldest of those that wait
+        finally:
+            goes_on.set()
+        assert bench.reporter.flush(timeout_s=60)
+        assert bench.broker.tokens == [f"token-{number}" for number in (*range(10), *range(60, 110))]
+        bench.reporter.close()
 
     def test_flush_ends_when_the_broker_will_never_take_it(self, threaded: Bench) -> None:
         threaded.broker.down = 403

@@ -39,6 +39,8 @@ async def program() -> None:
     assert_type(conserve.async_transport(), AsyncConServeTransport)
     assert_type(conserve.release("c"), int)
     assert_type(await conserve.apark("c"), int)
+    assert_type(conserve.idle("c"), int)
+    assert_type(conversation("c").wrap(len)("abc"), int)
     httpx2.Client(transport=ConServeTransport(["http://a", "http://b"], on_broker_unavailable="raise"))
     httpx2.AsyncClient(transport=AsyncConServeTransport(fallback_engines=["http://a"], on_turn=[hook]))
     with conversation("c", lineage="planner"):
