@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from conserve_sdk.core.units import ConversationId, LineageId
 from conserve_sdk.errors import ConfigError
+from conserve_sdk.telemetry import ConversationStats, Tally
 
 __all__ = [
     "HEADER_CONVERSATION",
@@ -25,6 +26,7 @@ __all__ = [
     "conversation",
     "current_conversation",
     "current_lineage",
+    "current_tally",
     "resolve_conversation",
     "resolve_lineage",
     "wire_id",
@@ -40,7 +42,8 @@ WIRE_ID_MAX_CHARS = 160
 
 _PLAIN_ID = re.compile(rf"[\x21-\x7e]{{1,{WIRE_ID_MAX_CHARS}}}")
 
-_scope: ContextVar[tuple[ConversationId, LineageId | None] | None] = ContextVar("conserve_conversation", default=None)
+_Scope = tuple[ConversationId, LineageId | None, Tally]
+_scope: ContextVar[_Scope | None] = ContextVar("conserve_conversation", default=None)
 
 
 def wire_id(text: str) -> ConversationId:
@@ -77,13 +80,24 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
 
     def __init__(self, conversation_id: str, *, lineage: str | None = None) -> None:
         named = None if lineage is None else LineageId(wire_id(lineage))
-        self._value = (wire_id(conversation_id), named)
-        self._entered: list[Token[tuple[ConversationId, LineageId | None] | None]] = []
+        wired, outer = wire_id(conversation_id), current_tally()
+        shared = outer is not None and outer.conversation_id == wired
+        self._value: _Scope = (wired, named, outer if outer and shared else Tally(wired))
+        self._entered: list[Token[_Scope | None]] = []
 
     @property
     def conversation_id(self) -> ConversationId:
         """The id as it goes over the wire."""
         return self._value[0]
+
+    def stats(self) -> ConversationStats:
+        """The turns made inside this block so far; `print` shows them as a table.
+
+        Counts turns begun here, whichever `ConServe` object sent them; of blocks nested in one another for the same
+        conversation, the outermost counts for all. Turns that name another conversation by header are left out;
+        `ConServe.stats` has those of any conversation.
+        """
+        return self._value[2].stats()
 
     def __enter__(self) -> Self:
         self._entered.append(_scope.set(self._value))
@@ -116,6 +130,12 @@ def current_lineage() -> LineageId | None:
     """Return the lineage named by the innermost `with conversation(...)`, or None."""
     scope = _scope.get()
     return None if scope is None else scope[1]
+
+
+def current_tally() -> Tally | None:
+    """Return what adds up the turns of the innermost `with conversation(...)`, or None."""
+    scope = _scope.get()
+    return None if scope is None else scope[2]
 
 
 def resolve_conversation(headers: Mapping[str, str], body: Mapping[str, Any] | None = None) -> ConversationId | None:

@@ -2,8 +2,9 @@
 
 from conserve_sdk.testing._broker import BrokerExchange, InMemoryBroker, small_fleet
 from conserve_sdk.testing._clock import FakeClock
-from conserve_sdk.testing._engine import EngineCall, EngineReply, ScriptedEngine
+from conserve_sdk.testing._engine import EngineCall, ScriptedEngine
 from conserve_sdk.testing._network import deny_network
+from conserve_sdk.testing._replies import EngineReply, ToolCall
 
 __all__ = [
     "BrokerExchange",
@@ -12,6 +13,7 @@ __all__ = [
     "FakeClock",
     "InMemoryBroker",
     "ScriptedEngine",
+    "ToolCall",
     "deny_network",
     "small_fleet",
 ]
