@@ -1,4 +1,4 @@
-"""Spans and metrics through a real OpenTelemetry SDK with in-memory exporters, and what the engines got of the trace."""
+"""Spans and metrics through a real OpenTelemetry SDK with in-memory exporters, and the trace that engines get."""
 
 import builtins
 import pickle
