@@ -20,11 +20,11 @@ _REQUIREMENT = re.compile(r"""^(?P<name>[A-Za-z0-9._-]+).*;.*extra\s*==\s*['"](?
 
 def check_installation() -> Iterator[Finding]:
     """Report versions, and for each extra whether everything it needs is installed."""
-    yield ok("python", "python", f"{platform.python_version()} on {platform.platform()}")
-    yield ok(DISTRIBUTION, "version", metadata.version(DISTRIBUTION))
-    yield ok("protocol", "version", f"version {PROTOCOL_VERSION}")
+    yield ok("python", "installed", f"{platform.python_version()} on {platform.platform()}")
+    yield ok(DISTRIBUTION, "installed", metadata.version(DISTRIBUTION))
+    yield ok("protocol", "installed", f"version {PROTOCOL_VERSION}")
     for name in ("openai", "httpx2", "pydantic"):
-        yield ok(name, "version", metadata.version(name))
+        yield ok(name, "installed", metadata.version(name))
     for extra, names in sorted(_extras().items()):
         missing = sorted({name for name in names if _version(name) is None})
         if missing:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
-from conserve_lab.emulator import EmulatedFleet, EmulatorConfig, FleetConfig, default_fleet
+from conserve_lab.emulator import EmulatedFleet, default_fleet, fleet_of
 from conserve_sdk.doctor import main
 from conserve_sdk.doctor._engine import check_rest
 from conserve_sdk.doctor._page import MetricsPage
@@ -59,7 +59,7 @@ def fleet():
 
 @pytest.fixture
 def urls(fleet) -> dict[str, str]:
-    return {engine_id: engine.url for engine_id, engine in fleet.engines.items()}
+    return {engine.id: engine.url for engine in fleet.engines}
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_what_is_not_told_is_no_failure(urls, examine, network) -> None:
 # ---- transfers that fail --------------------------------------------------------------------------------------
 
 
-def with_wrong_port(answer: httpx2.Response) -> httpx2.Response:
+def from_another_life(answer: httpx2.Response) -> httpx2.Response:
     data = answer.json()
     params = data.get("kv_transfer_params")
     if params:
@@ -285,27 +285,26 @@ def with_wrong_port(answer: httpx2.Response) -> httpx2.Response:
     [("recompute", "the transfer failed, and the decoder computed the prompt itself"), ("fail", "HTTP 500")],
 )
 def test_a_decoder_that_cannot_pull(examine, network, policy, told) -> None:
-    config = default_fleet(prefillers=1, decoders=1, time_scale=0)
-    engines = [engine.model_copy(update={"kv_load_failure_policy": policy}) for engine in config.engines]
-    with EmulatedFleet(config.model_copy(update={"engines": tuple(engines)})) as fleet:
-        prefiller, decoder = fleet.engines["p0"].url, fleet.engines["d0"].url
-        network.change(prefiller, "/v1/chat/completions", with_wrong_port)
+    config = default_fleet(prefillers=1, decoders=1, time_scale=0, kv_load_failure_policy=policy)
+    with EmulatedFleet(config) as fleet:
+        prefiller, decoder = fleet.engine("p0").url, fleet.engine("d0").url
+        network.change(prefiller, "/v1/chat/completions", from_another_life)
         report = examine(f"prefiller={prefiller}", f"decoder={decoder}")
     assert (report.code, report.failed["check"]) == (1, "transfer")
     assert told in report.failed["detail"]
 
 
 def test_engines_without_a_connector(examine, network) -> None:
-    engines = tuple(
-        EmulatorConfig(id=name, role=role, connector=connector, time_scale=0)
-        for name, role, connector in (
-            ("p0", "prefiller", "nixl"),
-            ("d0", "decoder", "none"),
-            ("p1", "prefiller", "none"),
-        )
+    config = fleet_of(
+        [
+            {"id": "p0", "role": "prefiller"},
+            {"id": "d0", "role": "decoder", "connector": "none"},
+            {"id": "p1", "role": "prefiller", "connector": "none"},
+        ],
+        defaults={"time_scale": 0},
     )
-    with EmulatedFleet(FleetConfig(engines=engines)) as fleet:
-        urls = {name: engine.url for name, engine in fleet.engines.items()}
+    with EmulatedFleet(config) as fleet:
+        urls = {engine.id: engine.url for engine in fleet.engines}
         deaf = examine(f"prefiller={urls['p0']}", f"decoder={urls['d0']}")
         mute = examine(f"prefiller={urls['p1']}", f"decoder={urls['d0']}")
     # The emulated page has NIXL's series either way, so only the transfer itself shows it.
