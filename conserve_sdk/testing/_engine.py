@@ -16,7 +16,7 @@ from conserve_sdk._kind import Kind
 from conserve_sdk.testing._clock import FakeClock
 from conserve_sdk.testing._replies import EngineReply
 
-__all__ = ["EngineCall", "Script", "ScriptedEngine"]
+__all__ = ["EngineCall", "Script", "ScriptedEngine", "UnexpectedCall"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,16 @@ Script: TypeAlias = EngineReply | Callable[[EngineCall], EngineReply]
 """A reply, or what makes one out of the call."""
 
 
+class UnexpectedCall(AssertionError):  # noqa: N818 -- says what happened
+    """An engine was asked for more than the script holds."""
+
+
 class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
     """Plays all engines of a fleet: hand it over as `engine_transport`. Thread-safe.
 
     Args:
         replies: played in order, whichever engine is called.
-        then: what follows them: `"fail"` raises AssertionError at an unexpected call; `"answer"` answers like vLLM
+        then: what follows them: `"fail"` raises `UnexpectedCall` (an AssertionError); `"answer"` answers like vLLM
             (transfer params to a prefill, a completion or stream to all else).
         prefills: `"script"` plays the replies to prefill requests too; `"answer"` answers those like vLLM, so that the
             script holds the model's turns only, wherever the broker lets them be prefilled.
@@ -83,6 +87,7 @@ class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         self.calls: list[EngineCall] = []
         self._any: deque[Script] = deque(replies)
         self._by_engine: dict[str, deque[Script]] = {}
+        self._unexpected: list[str] = []
         self._then = then
         self._prefills = prefills
         self._clock = clock
@@ -110,11 +115,12 @@ class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return [call for call in self.calls if kind_of(call.method, call.path) and not call.is_prefill]
 
     def assert_complete(self) -> None:
-        """Every scripted reply was played.
+        """Every scripted reply was played, and no other was asked for.
 
         Raises:
-            AssertionError: some were not.
+            AssertionError: some were not, or an agent swallowed an `UnexpectedCall`.
         """
+        assert not self._unexpected, f"nobody scripted a reply for: {'; '.join(self._unexpected)}"
         left = len(self._any) + sum(map(len, self._by_engine.values()))
         assert not left, f"{left} scripted replies were never asked for; calls: {[c.engine for c in self.calls]}"
 
@@ -166,8 +172,10 @@ class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 return None
             if self._any:
                 return self._any.popleft()
-        assert self._then == "answer", f"no reply scripted for {call.method} {call.path} on {call.engine}"
-        return None
+            if self._then == "answer":
+                return None
+            self._unexpected.append(f"{call.method} {call.path} on {call.engine}")
+        raise UnexpectedCall(f"no reply scripted for {self._unexpected[-1]}")
 
 
 class _Chunks(httpx2.SyncByteStream, httpx2.AsyncByteStream):
