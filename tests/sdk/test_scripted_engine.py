@@ -153,7 +153,7 @@ def test_a_stream_that_breaks_off(talk) -> None:
 
 def test_time_passes_on_the_clock_only() -> None:
     clock = FakeClock(start_ms=1_000)
-    engine = ScriptedEngine(EngineReply.failure(500).taking(40), clock=clock)
+    engine = ScriptedEngine(EngineReply.failure(400).taking(40), clock=clock)
     broker = InMemoryBroker(clock=clock)
     with (
         ConServe(broker.url, broker_transport=broker, engine_transport=engine, clock_us=clock.monotonic_us) as conserve,
