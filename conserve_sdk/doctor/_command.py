@@ -18,6 +18,7 @@ from conserve_sdk.doctor._engine import check_engine, check_rest
 from conserve_sdk.doctor._finding import Finding, fail, note, ok, reason
 from conserve_sdk.doctor._group import check_groups, pairs_of
 from conserve_sdk.doctor._installation import check_installation
+from conserve_sdk.doctor._leased_turn import check_leased_turn
 from conserve_sdk.doctor._look import EngineFacts, EngineHttp, NotAnEngineError, Role, Target
 from conserve_sdk.doctor._probe import Prober
 
@@ -56,7 +57,9 @@ def main(
     with httpx2.Client(transport=network, timeout=CALL_TIMEOUT_S, trust_env=False) as client:
         http = EngineHttp(client, api_key=options.engine_key)
         prober = None if options.no_requests else Prober(http, clock_s=clock_s, sleep=sleep)
-        for finding in _report(client, http, prober, options, targets, clock_s=clock_s, sleep=sleep):
+        for finding in _report(
+            client, http, prober, options, targets, transport=transport, clock_s=clock_s, sleep=sleep
+        ):
             findings.append(finding)
             if not options.json:
                 sys.stdout.write(f"{finding}\n")
@@ -75,6 +78,7 @@ def _report(
     options: argparse.Namespace,
     targets: list[Target],
     *,
+    transport: httpx2.BaseTransport | None,
     clock_s: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> Iterator[Finding]:
@@ -87,6 +91,12 @@ def _report(
     elif not targets:
         yield note("broker", "broker", "not asked", fix="give --broker URL, or the URLs of engines")
     yield from _engines(http, prober, targets, clock_s=clock_s, sleep=sleep)
+    if broker_url and prober is not None:
+        models = sorted({target.model for target in targets if target.from_broker and target.role != "prefiller"})
+        for model in models:
+            yield check_leased_turn(
+                broker_url, model, api_key=options.broker_key, engine_key=options.engine_key, transport=transport
+            )
 
 
 def _engines(

@@ -9,9 +9,10 @@ import pytest
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet
+from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.doctor import _installation, main
 from conserve_sdk.protocol import PROTOCOL_VERSION
-from conserve_sdk.testing import InMemoryBroker, small_fleet
+from conserve_sdk.testing import EngineReply, InMemoryBroker, small_fleet
 
 
 class Network(httpx2.BaseTransport):
@@ -37,7 +38,8 @@ class Network(httpx2.BaseTransport):
         if path in ("/healthz", "/readyz"):
             return httpx2.Response(200 if path == "/healthz" else self.ready)
         answer = self.broker.handle_request(request)
-        return httpx2.Response(200, json=answer.json() | self.fleet_changes)
+        changed = path == "/v1/fleet" and self.fleet_changes
+        return httpx2.Response(200, json=answer.json() | changed) if changed else answer
 
     @staticmethod
     def engine(path: str) -> httpx2.Response:
@@ -189,9 +191,10 @@ def test_a_broker_process_with_an_emulated_fleet(capsys) -> None:
             assert (code, fails(lines)) == (0, [])
             assert sum(": answers at http" in line for line in lines) == len(fleet.engines)
             assert sum("tokens came over" in line for line in lines) == 3
+            assert lines[-1].startswith("ok    turn of emulated: by lease on d")
             assert len(small_fleet()) < len(fleet.engines)
             fleet.kill("d0")
-            code, lines = run(capsys, "--broker", broker.url)
+            code, lines = run(capsys, "--broker", broker.url, "--no-requests")
             (line,) = fails(lines)
             assert code == 1
             assert line.startswith("fail  engine d0:")
@@ -205,6 +208,29 @@ def test_a_key_for_the_broker(capsys, network: Network) -> None:
     (line,) = fails(lines)
     assert code == 1
     assert "refuses this key (HTTP 401): give the key of a tenant" in line
+
+
+def test_a_turn_by_lease_that_fails(capsys, network: Network) -> None:
+    code, lines = run(capsys, "--broker", "http://broker.invalid", transport=network)
+    assert code == 1
+    assert fails(lines)[-1].startswith("fail  turn of test-model: failed (NotFoundError: ")
+    assert not network.broker.journal()  # given back
+
+
+def test_a_turn_that_lost_its_way(capsys, network: Network, monkeypatch) -> None:
+    answer = EngineReply.chat()
+
+    def engine(path: str) -> httpx2.Response:
+        if path == "/v1/chat/completions":
+            return httpx2.Response(200, content=answer.chunks[0], headers={"content-type": answer.content_type})
+        return Network.engine(path)
+
+    monkeypatch.setattr(network, "engine", engine)
+    _, lines = run(capsys, "--broker", "http://broker.invalid", "--engine-key", "k", transport=network)
+    assert lines[-1].startswith("ok    turn of test-model: by lease on d0 (local), first token after ")
+    network.broker = InMemoryBroker(settings=BrokerSettings(placement=PAPER))
+    _, lines = run(capsys, "--broker", "http://broker.invalid", "--broker-key", "k", transport=network)
+    assert lines[-1].startswith("fail  turn of test-model: answered, but not as it should be: no_transfer_params: see")
 
 
 def test_json(capsys, network: Network) -> None:
