@@ -14,13 +14,14 @@ import httpx2
 
 from conserve_sdk._tls import verify_for
 from conserve_sdk.doctor._broker import BrokerVisit
-from conserve_sdk.doctor._engine import check_engine, check_rest
+from conserve_sdk.doctor._engine import RestSample, check_engine, check_rest
 from conserve_sdk.doctor._finding import Finding, fail, note, ok, reason
 from conserve_sdk.doctor._group import check_groups, pairs_of
 from conserve_sdk.doctor._installation import check_installation
 from conserve_sdk.doctor._leased_turn import check_leased_turn
 from conserve_sdk.doctor._look import EngineFacts, EngineHttp, NotAnEngineError, Role, Target
 from conserve_sdk.doctor._probe import Prober
+from conserve_sdk.doctor._processes import cpu_seconds_behind
 
 __all__ = ["main"]
 
@@ -134,13 +135,19 @@ def _at_rest(
     if not engines:
         return
     try:
-        first = [(facts, http.page(facts.target), clock_s()) for facts in engines]
+        first = [_sample(http, facts, clock_s) for facts in engines]
         sleep(REST_S)
-        for facts, page, at_s in first:
-            later = http.page(facts.target)
-            yield check_rest(facts.name, page, later, elapsed_s=clock_s() - at_s)
+        for facts, before in zip(engines, first, strict=True):
+            yield check_rest(facts.name, before, _sample(http, facts, clock_s))
     except (httpx2.HTTPError, NotAnEngineError) as exc:
         yield fail("engines", "cpu_at_rest", f"one went away meanwhile ({reason(exc)})", fix="see its log, and repeat")
+
+
+def _sample(http: EngineHttp, facts: EngineFacts, clock_s: Callable[[], float]) -> RestSample:
+    page, url = http.page(facts.target), httpx2.URL(facts.target.url)
+    is_here = url.host in ("127.0.0.1", "localhost", "::1")
+    tree_s = cpu_seconds_behind(url.port) if is_here and url.port else None
+    return RestSample(page=page, at_s=clock_s(), tree_s=tree_s)
 
 
 def _probes(prober: Prober, engines: Sequence[EngineFacts]) -> Iterator[Finding]:

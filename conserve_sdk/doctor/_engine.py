@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from conserve_sdk.doctor._finding import Finding, fail, note, ok
 from conserve_sdk.doctor._look import EngineFacts
 from conserve_sdk.doctor._page import MetricsPage
 
-__all__ = ["check_engine", "check_rest"]
+__all__ = ["RestSample", "check_engine", "check_rest"]
 
 OLDEST_VERSION = (0, 11)
 MEASURED_VERSION = "0.32"
@@ -33,26 +34,42 @@ def check_engine(facts: EngineFacts) -> Iterator[Finding]:
     yield _lease(facts)
 
 
-def check_rest(name: str, first: MetricsPage, later: MetricsPage, *, elapsed_s: float) -> Finding:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestSample:
+    """One look at an engine that should be idle.
+
+    Attributes:
+        at_s: monotonic instant.
+        tree_s: CPU time of all its processes; None when it runs on another machine.
+    """
+
+    page: MetricsPage
+    at_s: float
+    tree_s: float | None = None
+
+
+def check_rest(name: str, first: RestSample, later: RestSample) -> Finding:
     """Judge how much CPU the engine took while nothing was asked of it.
 
-    NIXL's progress thread polls without a pause (measured with NIXL 1.5: one core per engine). The metrics page shows
-    the API server's process; an engine core in a process of its own is not on it.
+    NIXL's progress thread polls without a pause: one core per engine, measured with NIXL 1.5. It is in the engine
+    core's process, so it shows only from the engine's own machine; the metrics page has the API server's process.
     """
     check = "cpu_at_rest"
-    before_s, after_s = (page.total("process_cpu_seconds_total") for page in (first, later))
+    signs = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+    if any(sample.page.total(sign) for sample in (first, later) for sign in signs):
+        return note(name, check, "CPU at rest not judged: it has requests running, or blocks held, just now")
+    whole = first.tree_s is not None and later.tree_s is not None
+    spent_s = [sample.tree_s if whole else sample.page.total("process_cpu_seconds_total") for sample in (first, later)]
+    before_s, after_s = spent_s
     if before_s is None or after_s is None:
         return note(name, check, "CPU at rest not told: its metrics have no process_cpu_seconds_total")
-    signs = ("vllm:num_requests_running", "vllm:kv_cache_usage_perc")
-    busy = [page.total(sign) for page in (first, later) for sign in signs]
-    cores = max(after_s - before_s, 0.0) / max(elapsed_s, 0.001)
-    seen = f"its API server's process takes {cores:.2f} cores at rest"
-    if any(busy):
-        return note(name, check, "CPU at rest not judged: it has requests running, or blocks held, just now")
+    cores = max(after_s - before_s, 0.0) / max(later.at_s - first.at_s, 0.001)
+    seen = f"{'all its processes together take' if whole else 'its API server takes'} {cores:.2f} cores at rest"
     if cores > IDLE_CORES_MAX:
-        how = "does a NIXL progress thread spin in it? Give each engine a core more than it computes with"
+        how = "NIXL's progress thread spins (one core per engine): leave each engine a core more than it computes with"
         return fail(name, check, seen, fix=how)
-    return ok(name, check, f"{seen} (an engine core in another process is not on its page)")
+    rest = "" if whole else " (its engine core shows only on its own machine: run this there)"
+    return ok(name, check, seen + rest)
 
 
 def _model(facts: EngineFacts) -> Finding:

@@ -10,7 +10,7 @@ from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet
 from conserve_sdk.core import PAPER, BrokerSettings
-from conserve_sdk.doctor import _installation, main
+from conserve_sdk.doctor import _command, _installation, main
 from conserve_sdk.protocol import PROTOCOL_VERSION
 from conserve_sdk.testing import EngineReply, InMemoryBroker, small_fleet
 
@@ -69,6 +69,12 @@ def network() -> Network:
 @pytest.fixture(autouse=True)
 def no_broker_in_the_environment(monkeypatch) -> None:
     monkeypatch.delenv("CONSERVE_BROKER_URL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def engines_in_this_process_are_elsewhere(monkeypatch) -> None:
+    """What the emulated engines burn is the tests' own CPU time, and says nothing about an engine at rest."""
+    monkeypatch.setattr(_command, "cpu_seconds_behind", lambda port: None)
 
 
 def run(capsys, *argv: str, transport: httpx2.BaseTransport | None = None) -> tuple[int, list[str]]:

@@ -1,6 +1,9 @@
 """`conserve doctor URL...` on emulated engines that really transfer, some of them wrong in one way each."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -8,9 +11,10 @@ import httpx2
 import pytest
 
 from conserve_lab.emulator import EmulatedFleet, default_fleet, fleet_of
-from conserve_sdk.doctor import main
-from conserve_sdk.doctor._engine import check_rest
+from conserve_sdk.doctor import _command, main
+from conserve_sdk.doctor._engine import RestSample, check_rest
 from conserve_sdk.doctor._page import MetricsPage
+from conserve_sdk.doctor._processes import cpu_seconds_behind
 
 Change = Callable[[httpx2.Response], httpx2.Response]
 
@@ -49,6 +53,12 @@ class Meddling(httpx2.BaseTransport):
 def no_broker_in_the_environment(monkeypatch) -> None:
     for name in ("CONSERVE_BROKER_URL", "CONSERVE_API_KEY", "CONSERVE_ENGINE_KEY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def engines_in_this_process_are_elsewhere(monkeypatch) -> None:
+    """What the emulated engines burn is the tests' own CPU time, and says nothing about an engine at rest."""
+    monkeypatch.setattr(_command, "cpu_seconds_behind", lambda port: None)
 
 
 @pytest.fixture(scope="module")
@@ -346,25 +356,71 @@ def test_a_comparison_that_cannot_be_made(urls, examine, network) -> None:
 # ---- CPU at rest ----------------------------------------------------------------------------------------------
 
 
-def at(cpu_s: float, *, running: int = 0) -> MetricsPage:
-    return MetricsPage(f"process_cpu_seconds_total {cpu_s}\nvllm:num_requests_running {running}\n")
+def at(at_s: float, *, cpu_s: float | None = None, tree_s: float | None = None, running: int = 0) -> RestSample:
+    cpu = "" if cpu_s is None else f"process_cpu_seconds_total {cpu_s}\n"
+    page = MetricsPage(f"{cpu}vllm:num_requests_running {running}\nvllm:kv_cache_usage_perc 0\n")
+    return RestSample(page=page, at_s=at_s, tree_s=tree_s)
 
 
 @pytest.mark.parametrize(
-    ("pages", "verdict"),
+    ("first", "later", "verdict", "told"),
     [
-        ((at(10), at(10.1)), "ok"),
-        ((at(10), at(11.9)), "fail"),
-        ((at(10), at(11.9, running=1)), "note"),
-        ((at(10, running=1), at(11.9)), "note"),
-        ((MetricsPage(""), at(1)), "note"),
+        (at(0, cpu_s=10), at(2, cpu_s=10.1), "ok", "its API server takes 0.05 cores at rest (its engine core shows"),
+        (at(0, cpu_s=10), at(2, cpu_s=11.9), "fail", "its API server takes 0.95 cores at rest"),
+        (at(0, cpu_s=1, tree_s=50), at(2, cpu_s=1, tree_s=52.2), "fail", "all its processes together take 1.10 cores"),
+        (at(0, cpu_s=1, tree_s=50), at(2, cpu_s=3, tree_s=50), "ok", "all its processes together take 0.00 cores"),
+        (at(0, cpu_s=10), at(2, cpu_s=11.9, running=1), "note", "not judged"),
+        (at(0, cpu_s=10, running=1), at(2, cpu_s=11.9), "note", "not judged"),
+        (at(0), at(2, cpu_s=1), "note", "not told"),
     ],
 )
-def test_cpu_at_rest(pages, verdict) -> None:
-    finding = check_rest("engine d0", *pages, elapsed_s=2.0)
+def test_cpu_at_rest(first, later, verdict, told) -> None:
+    finding = check_rest("engine d0", first, later)
     assert finding.verdict == verdict
-    if verdict == "fail":
-        assert "0.95 cores" in finding.detail
+    assert told in finding.detail
+
+
+SPINNER = """
+import os, socket
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+if os.fork() == 0:  # the one that computes, as vLLM's engine core does
+    server.close()
+    while os.getppid() != 1:
+        pass
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_cpu_time_of_a_server_on_this_machine_counts_its_children() -> None:
+    with subprocess.Popen([sys.executable, "-c", SPINNER], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = int(server.stdout.readline())
+            before_s = cpu_seconds_behind(port)
+            deadline_s = time.monotonic() + 60
+            while cpu_seconds_behind(port) < before_s + 0.2:
+                assert time.monotonic() < deadline_s, "a spinning child must show"
+                time.sleep(0.05)
+        finally:
+            server.kill()
+    assert cpu_seconds_behind(port) is None
+
+
+def test_processes_of_others_are_not_told(tmp_path) -> None:
+    assert cpu_seconds_behind(8000, proc=tmp_path) is None
+    (tmp_path / "net").mkdir()
+    line = " 0: 0100007F:1F40 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 4711 1"
+    (tmp_path / "net" / "tcp").write_text(f"header\n{line}\n")
+    assert cpu_seconds_behind(8000, proc=tmp_path) is None
+    (tmp_path / "17" / "fd").mkdir(parents=True)
+    (tmp_path / "17" / "stat").write_text("17 (vllm (api) 1) S 1 17 17 0 -1 0 0 0 0 0 300 100 0 0 20 0 9")
+    (tmp_path / "17" / "fd" / "3").symlink_to("socket:[4711]")
+    (tmp_path / "18").mkdir()
+    (tmp_path / "18" / "stat").write_text("18 (core) R 17 17 17 0 -1 0 0 0 0 0 600 0 0 0 20 0 9")
+    assert cpu_seconds_behind(8000, proc=tmp_path) == 1000 / os.sysconf("SC_CLK_TCK")
+    assert cpu_seconds_behind(8001, proc=tmp_path) is None
 
 
 def test_an_engine_that_goes_away_meanwhile(examine, network, urls) -> None:
