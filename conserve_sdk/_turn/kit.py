@@ -136,4 +136,3 @@ class TurnKit:
         """In a forked child: nothing of the parent's turns is running here, and locks may be held by nobody."""
         self._lock = threading.Lock()
         self._running = Counter()
-        self.stats.after_fork()

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, cast
+from typing import Final, NoReturn, cast
 
 import httpx2
 
@@ -192,8 +192,15 @@ def _target(parser: argparse.ArgumentParser, text: str) -> Target:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` tells more)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="conserve doctor",
         description="Check this installation, the broker and the engines. Engines get a few short requests.",
         epilog="Exit code: 0 all well, 1 something to change, 2 wrong usage.",

@@ -7,7 +7,7 @@ from typing import Any
 from opentelemetry.context import Context
 from opentelemetry.metrics import Histogram, Meter
 
-from conserve_sdk.telemetry._record import TurnRecord
+from conserve_sdk.telemetry._record import TurnRecord, observed_gaps
 
 __all__ = ["TurnMetrics"]
 
@@ -64,7 +64,7 @@ class TurnMetrics:
         own = common | ({"conserve.mode": record.mode} if record.mode else {})
         if record.ttfet_ms is not None:
             self._ttfet.record(record.ttfet_ms / 1000, own, context=context)
-        for gap_us in record.tbt_us:
+        for gap_us in observed_gaps(record):
             self._tbt.record(gap_us / 1_000_000, own, context=context)
         self._lease_wait.record(record.lease_wait_ms / 1000, own, context=context)
         for counter, amount in (

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from conserve_sdk.errors import ConfigError
-from conserve_sdk.telemetry._record import TurnRecord
+from conserve_sdk.telemetry._record import TurnRecord, observed_gaps
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -111,7 +111,7 @@ class _Families:
             if span_ms is not None:
                 family.labels(model).observe(span_ms / 1000)
         tbt = self._tbt.labels(model)
-        for gap_us in record.tbt_us:
+        for gap_us in observed_gaps(record):
             tbt.observe(gap_us / 1_000_000)
 
 

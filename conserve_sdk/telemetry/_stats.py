@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.telemetry._record import TurnRecord
 
@@ -58,25 +59,38 @@ class ConversationStats:
         return "\n".join([*_summary(self), *(_table([_HEAD, *map(_row, self.recent)]) if self.recent else ())])
 
 
+class _Guard:
+    """One lock for all sums of the process: held for microseconds, and the only one to be made anew in a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        self.lock = threading.Lock()
+
+
+_guard = _Guard()
+call_in_forked_child(_guard.after_fork)
+
+
 class Tally:
     """Adds up the turns of one conversation. Thread-safe."""
 
     def __init__(self, conversation_id: ConversationId) -> None:
         self.conversation_id = conversation_id
-        self._lock = threading.Lock()
         self._stats = ConversationStats(conversation_id=conversation_id)
         self._recent: deque[TurnRecord] = deque(maxlen=RECENT_MAX)
 
     def __call__(self, record: TurnRecord, /) -> None:
         """Add a turn; one of another conversation is none of this tally's business."""
-        with self._lock:
+        with _guard.lock:
             if record.conversation_id == self.conversation_id:
                 self._recent.append(replace(record, tbt_us=()))
                 self._stats = _added(self._stats, record)
 
     def stats(self) -> ConversationStats:
         """The sums so far."""
-        with self._lock:
+        with _guard.lock:
             return replace(self._stats, recent=tuple(self._recent))
 
 
@@ -84,12 +98,11 @@ class StatsBook:
     """A hook that keeps a tally for each of the last `CONVERSATIONS_MAX` conversations. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._tallies: OrderedDict[ConversationId, Tally] = OrderedDict()
 
     def __call__(self, record: TurnRecord, /) -> None:
         """Add a turn."""
-        with self._lock:
+        with _guard.lock:
             tally = self._tallies.setdefault(record.conversation_id, Tally(record.conversation_id))
             self._tallies.move_to_end(record.conversation_id)
             while len(self._tallies) > CONVERSATIONS_MAX:
@@ -98,13 +111,9 @@ class StatsBook:
 
     def stats(self, conversation_id: ConversationId) -> ConversationStats:
         """The sums of one conversation; all zero when it is unknown or long forgotten."""
-        with self._lock:
+        with _guard.lock:
             tally = self._tallies.get(conversation_id)
         return ConversationStats(conversation_id=conversation_id) if tally is None else tally.stats()
-
-    def after_fork(self) -> None:
-        """In a forked child: the lock may be held by nobody."""
-        self._lock = threading.Lock()
 
 
 def _added(stats: ConversationStats, record: TurnRecord) -> ConversationStats:

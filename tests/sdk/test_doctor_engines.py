@@ -163,7 +163,8 @@ def test_wrong_usage(word, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main([word])
     assert ended.value.code == 2
-    assert "is no engine: give http://HOST:PORT" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"conserve doctor: {word!r} is no engine: give http://HOST:PORT")
 
 
 def test_lines_for_people(urls, network, capsys) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from conserve_sdk import ConServe, ConversationStats, TurnRecord, conversation, last_turn
 from conserve_sdk.telemetry import StatsBook, Tally
+from conserve_sdk.telemetry import _stats as stats
 from conserve_sdk.telemetry._stats import CONVERSATIONS_MAX, RECENT_MAX
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine
 
@@ -199,3 +200,17 @@ def test_a_turn_that_still_streams_is_not_the_last(conserve) -> None:
     assert last_turn().conversation_id == "done"
     in_new_thread(lambda: list(stream))  # ends elsewhere, and still belongs to the context it was begun in
     assert last_turn().conversation_id == "streaming"
+
+
+def test_a_forked_child_counts_on(conserve, fork_and_wait) -> None:
+    def child() -> None:
+        ask(conserve)
+        assert block.stats().turns == 2
+        assert conserve.stats("c").turns == 2
+        assert last_turn() == block.stats().last
+
+    with conversation("c") as block:
+        ask(conserve)
+        with stats._guard.lock:  # another thread is adding up just then
+            assert fork_and_wait(child) == 0
+    assert block.stats().turns == 1
