@@ -202,15 +202,16 @@ def test_a_turn_that_still_streams_is_not_the_last(conserve) -> None:
     assert last_turn().conversation_id == "streaming"
 
 
-def test_a_forked_child_counts_on(conserve, fork_and_wait) -> None:
-    def child() -> None:
-        ask(conserve)
-        assert block.stats().turns == 2
-        assert conserve.stats("c").turns == 2
-        assert last_turn() == block.stats().last
+def test_a_forked_child_counts_on(fork_and_wait) -> None:
+    book, tally = StatsBook(), Tally("c")
 
-    with conversation("c") as block:
-        ask(conserve)
-        with stats._guard.lock:  # another thread is adding up just then
-            assert fork_and_wait(child) == 0
-    assert block.stats().turns == 1
+    def child() -> None:
+        for count in (book, tally):
+            count(record())
+        assert book.stats("c").turns == tally.stats().turns == 2
+
+    for count in (book, tally):
+        count(record())
+    with stats._guard.lock:  # another thread is adding up just then
+        assert fork_and_wait(child) == 0
+    assert book.stats("c").turns == tally.stats().turns == 1
