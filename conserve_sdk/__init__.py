@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conserve_sdk._recent import last_turn
     from conserve_sdk._turn import Timeouts
     from conserve_sdk.client import BASE_URL, ConServe, async_openai_client, connect, openai_client
     from conserve_sdk.errors import (
@@ -34,7 +35,16 @@ if TYPE_CHECKING:
         TurnTimeout,
     )
     from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_LINEAGE, conversation, current_conversation, wire_id
-    from conserve_sdk.telemetry import LoggingHook, TurnCollector, TurnHook, TurnRecord
+    from conserve_sdk.telemetry import (
+        ConversationStats,
+        LoggingHook,
+        OpenTelemetryHook,
+        PrometheusHook,
+        TurnCollector,
+        TurnHook,
+        TurnObserver,
+        TurnRecord,
+    )
     from conserve_sdk.transport import AsyncConServeTransport, ConServeOptions, ConServeTransport
 
 __all__ = [
@@ -49,6 +59,7 @@ __all__ = [
     "ConServeOptions",
     "ConServeTransport",
     "ConfigError",
+    "ConversationStats",
     "EngineError",
     "EngineRefused",
     "EngineUnavailable",
@@ -58,21 +69,26 @@ __all__ = [
     "LeaseLost",
     "LeaseRefused",
     "LoggingHook",
+    "OpenTelemetryHook",
+    "PrometheusHook",
     "ProtocolError",
     "Timeouts",
     "TurnCollector",
     "TurnHook",
+    "TurnObserver",
     "TurnRecord",
     "TurnTimeout",
     "async_openai_client",
     "connect",
     "conversation",
     "current_conversation",
+    "last_turn",
     "openai_client",
     "wire_id",
 ]
 
 _HOMES = {  # loaded when first used: the broker and the core must not wait for openai's import
+    "conserve_sdk._recent": ("last_turn",),
     "conserve_sdk._turn": ("Timeouts",),
     "conserve_sdk.client": (
         "BASE_URL",
@@ -105,9 +121,13 @@ _HOMES = {  # loaded when first used: the broker and the core must not wait for 
         "wire_id",
     ),
     "conserve_sdk.telemetry": (
+        "ConversationStats",
         "LoggingHook",
+        "OpenTelemetryHook",
+        "PrometheusHook",
         "TurnCollector",
         "TurnHook",
+        "TurnObserver",
         "TurnRecord",
     ),
     "conserve_sdk.transport": (

@@ -39,6 +39,7 @@ class TurnFacts:
         finish_reason: the engine's word (`stop`, `tool_calls`, `length`; `completed` and such for responses).
         tool_names: tools the model called, in order of appearance.
         response_id: the engine's id of the response.
+        model: the engine's name of the model that answered.
         complete: whether the answer came whole (a stream: its end marker was seen).
         error: message of an error the engine put into the stream or body.
         error_status: its HTTP-like code, 0 without one.
@@ -54,6 +55,7 @@ class TurnFacts:
     finish_reason: str = ""
     tool_names: tuple[str, ...] = ()
     response_id: str = ""
+    model: str = ""
     complete: bool = False
     error: str = ""
     error_status: int = 0
@@ -84,6 +86,7 @@ class TurnTracker:
         self._usage: Mapping[str, Any] = {}
         self._finish = ""
         self._response_id = ""
+        self._model = ""
         self._error = ""
         self._error_status = 0
         self._done = False
@@ -143,6 +146,7 @@ class TurnTracker:
             finish_reason=self._finish,
             tool_names=tuple(self._tools),
             response_id=self._response_id,
+            model=self._model,
             complete=self._done,
             error=self._error,
             error_status=self._error_status,
@@ -182,6 +186,7 @@ class TurnTracker:
 
     def _read_chunk(self, data: Mapping[str, Any]) -> bool:
         self._response_id = self._response_id or str(data.get("id") or "")
+        self._model = self._model or str(data.get("model") or "")
         self._read_usage(data)
         has_token = False
         for choice in _objects(data.get("choices")):
@@ -202,6 +207,7 @@ class TurnTracker:
         response = data.get("response")
         if isinstance(response, dict):
             self._response_id = str(response.get("id") or self._response_id)
+            self._model = str(response.get("model") or self._model)
             if name in _FINAL_EVENTS:
                 self._read_whole(response)
         return name.endswith(".delta") and bool(data.get("delta"))
@@ -210,6 +216,7 @@ class TurnTracker:
 
     def _read_whole(self, data: Mapping[str, Any]) -> None:
         self._response_id = str(data.get("id") or self._response_id)
+        self._model = str(data.get("model") or self._model)
         self._read_usage(data)
         if self._kind is Kind.RESPONSES:
             self._finish = str(data.get("status") or self._finish)

@@ -17,6 +17,7 @@ from conserve_sdk._drive import adrive, drive
 from conserve_sdk._turn import park_flow, release_all_flow, release_flow
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.identity import wire_id
+from conserve_sdk.telemetry import ConversationStats
 from conserve_sdk.transport import AsyncConServeTransport, ConServeOptions, ConServeTransport, Settings
 from conserve_sdk.transport._runtime import Runtime
 
@@ -138,6 +139,16 @@ class ConServe:
         await asyncio.to_thread(self._tell)
         flow = park_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return await adrive(flow, self._runtime.async_performer.perform)
+
+    def stats(self, conversation_id: str) -> ConversationStats:
+        """What a conversation's turns cost so far; `print` shows it as a table. All zero for an unknown one.
+
+        Counts turns sent through this object, for the conversations that were busy last (512 of them).
+
+        Args:
+            conversation_id: the application's id, such as LangGraph's `thread_id`.
+        """
+        return self._runtime.kit.stats.stats(wire_id(conversation_id))
 
     # ---- lifetime ---------------------------------------------------------------------------------------------
 

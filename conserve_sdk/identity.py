@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, Self, TypeVar, cast
 
 from conserve_sdk.core.units import ConversationId, LineageId
 from conserve_sdk.errors import ConfigError
+from conserve_sdk.telemetry import ConversationStats, Tally
 
 __all__ = [
     "HEADER_CONVERSATION",
@@ -28,6 +29,7 @@ __all__ = [
     "conversation",
     "current_conversation",
     "current_lineage",
+    "current_tally",
     "resolve_conversation",
     "resolve_lineage",
     "wire_id",
@@ -90,7 +92,10 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
 
     def __init__(self, conversation_id: str, *, lineage: str | None = None) -> None:
         named = None if lineage is None else LineageId(wire_id(lineage))
-        self._value = (wire_id(conversation_id), named)
+        wired, outer = wire_id(conversation_id), current_tally()
+        shared = outer is not None and outer.conversation_id == wired
+        self._value = (wired, named)
+        self._tally = outer if outer and shared else Tally(wired)
 
     @property
     def conversation_id(self) -> ConversationId:
@@ -134,6 +139,15 @@ class conversation:  # noqa: N801 -- reads as a verb at the call site: `with con
 
         return marked
 
+    def stats(self) -> ConversationStats:
+        """The turns made inside this block so far; `print` shows them as a table.
+
+        Counts turns begun here, whichever `ConServe` object sent them; of blocks nested in one another for the same
+        conversation, the outermost counts for all. Turns that name another conversation by header are left out;
+        `ConServe.stats` has those of any conversation.
+        """
+        return self._tally.stats()
+
     def __enter__(self) -> Self:
         _scope.set((*_scope.get(), self))
         return self
@@ -166,6 +180,12 @@ def current_lineage() -> LineageId | None:
     """Return the lineage named by the innermost `with conversation(...)`, or None."""
     blocks = _scope.get()
     return blocks[-1].lineage if blocks else None
+
+
+def current_tally() -> Tally | None:
+    """Return what adds up the turns of the innermost `with conversation(...)`, or None."""
+    blocks = _scope.get()
+    return blocks[-1]._tally if blocks else None  # noqa: SLF001 -- the class's own module
 
 
 def resolve_conversation(headers: Mapping[str, str], body: Mapping[str, Any] | None = None) -> ConversationId | None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from conserve_sdk._lineage import LineageBook
+from conserve_sdk._recent import ContextFollower
 from conserve_sdk._registry import LeaseRef, LeaseRegistry
 from conserve_sdk._reporter import Reporter
 from conserve_sdk._turn.budget import Timeouts
 from conserve_sdk._turn.planner import LeasePlanner, TurnPlanner
 from conserve_sdk.protocol import Binding
-from conserve_sdk.telemetry import TurnHook, TurnRecord
+from conserve_sdk.telemetry import Follower, StatsBook, TurnStart, Watching
 
 __all__ = ["TurnKit", "TurnOptions"]
 
@@ -57,7 +58,8 @@ class TurnKit:
     book: LineageBook
     reporter: Reporter
     clock_us: Callable[[], int]
-    hooks: Sequence[TurnHook] = ()
+    hooks: Sequence[Follower] = ()
+    stats: StatsBook = field(default_factory=StatsBook)
     planner: TurnPlanner = field(default_factory=LeasePlanner)
     options: TurnOptions = field(default_factory=TurnOptions)
     _running: Counter[LeaseRef] = field(default_factory=Counter)
@@ -106,13 +108,9 @@ class TurnKit:
         with self._lock:
             return self._sent[ref] > 0
 
-    def emit(self, record: TurnRecord) -> None:
-        """Give a finished turn to every hook; a hook that fails is logged and changes nothing."""
-        for hook in self.hooks:
-            try:
-                hook(record)
-            except Exception:
-                log.exception("turn_hook_failed hook=%r", hook)
+    def watch(self, start: TurnStart) -> Watching:
+        """Let every hook follow a turn; one that fails is logged and changes nothing."""
+        return Watching((self.stats, ContextFollower(), *self.hooks), start, clock_us=self.clock_us)
 
     def warn_once(self, key: str, message: str) -> None:
         """Log a warning about how the application uses the SDK, once per process and kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 
 import httpx2
 
@@ -21,7 +22,7 @@ from conserve_sdk.protocol import (
     TurnFinishedReport,
     TurnStartedReport,
 )
-from conserve_sdk.telemetry import TurnRecord
+from conserve_sdk.telemetry import TurnRecord, TurnStart
 
 __all__ = ["ActiveTurn", "error_name"]
 
@@ -49,7 +50,17 @@ def error_name(error: BaseException) -> str:
 class ActiveTurn:
     """One turn while it runs. `finish` may be called from any thread, more than once; the first call counts."""
 
-    def __init__(self, kit: TurnKit, *, ref: LeaseRef, match: LineageMatch, digest: PromptDigest, path: str) -> None:
+    def __init__(
+        self,
+        kit: TurnKit,
+        *,
+        ref: LeaseRef,
+        match: LineageMatch,
+        digest: PromptDigest,
+        path: str,
+        streams: bool = False,
+        trace: Mapping[str, str] | None = None,
+    ) -> None:
         self.ref = ref
         self.match = match
         self.digest = digest
@@ -75,6 +86,17 @@ class ActiveTurn:
         self._slot = kit.registry.begin_turn(ref, arrived_at_ms=self._arrived_us // 1000)
         kit.turn_begins(ref)
         self._sent = False
+        start = TurnStart(
+            conversation_id=ref.conversation_id,
+            lineage=ref.lineage,
+            model=ref.model,
+            path=path,
+            turn=self.turn,
+            streams=streams,
+            at_us=self._arrived_us,
+            trace=trace or {},
+        )
+        self.watch = kit.watch(start)
         self._finished = False
         self._lock = threading.Lock()
 
@@ -155,7 +177,7 @@ class ActiveTurn:
             self._submit(self._report(facts, failure, now_us=now_us, idle=idle))
         if failure == STREAM_DROPPED and self.status and self.decoder is not None:
             self.engine_failed(self.decoder, phase="decode", detail=f"{type(error).__name__}: {error}")
-        self._kit.emit(self._record(facts, failure, now_us=now_us))
+        self.watch.end(self._record(facts, failure, now_us=now_us))
 
     def _account_for_cache(self, facts: TurnFacts) -> None:
         """Notice a cache that was lost, and note what the decoder holds now."""
@@ -258,6 +280,9 @@ class ActiveTurn:
             prompt_tokens=facts.prompt_tokens,
             completion_tokens=facts.completion_tokens,
             cached_tokens=facts.cached_tokens,
+            streamed=self.streamed,
+            response_id=facts.response_id,
+            response_model=facts.model,
             finish_reason=facts.finish_reason,
             error=failure,
         )

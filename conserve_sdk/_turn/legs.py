@@ -14,7 +14,8 @@ from conserve_sdk._kind import Kind
 from conserve_sdk._kv_params import HOLD, PREFILL, TransferRefused, TransferTicket, read_ticket
 from conserve_sdk._tracker import TurnTracker
 from conserve_sdk._turn.budget import REACH_PHASES, Budget
-from conserve_sdk._turn.effects import Discard, Flow, Opened, fetch, open_response
+from conserve_sdk._turn.effects import Discard, Flow, Opened
+from conserve_sdk._turn.hops import REQUEST_ID, fetch_watched, open_watched
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.placing import Place
@@ -129,7 +130,7 @@ class Legs:
             at_most_ms=max(min(share_ms, int(timeouts.prefill_s * 1000)), 1),
         )
         try:
-            answer = yield from fetch(request)
+            answer = yield from fetch_watched(self._turn, prefiller, request)
         except httpx2.TransportError as error:
             detail = f"{type(error).__name__}: {error}"
             self._turn.engine_failed(prefiller, phase="prefill", detail=detail)
@@ -226,12 +227,13 @@ class Legs:
         turn = self._turn
         turn.held = bool(params and params.get("do_remote_decode"))
         request = self._request(place.plan.decoder, decode_leg(self._body, params), reach_ms=reach_ms)
-        opened = yield from open_response(request)
+        opened = yield from open_watched(turn, place.plan.decoder, request)
         streamed = opened.response.headers.get("content-type", "").startswith("text/event-stream")
         turn.tracker = TurnTracker(self._body.kind, streamed=streamed)
         turn.streamed = streamed
         turn.status = opened.response.status_code
         turn.feed(opened.first)
+        turn.watch.answered(self._status(opened))
         return opened
 
     # ---- pieces -----------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ class Legs:
         turn = self._turn
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
-        headers = {HEADER_SESSION: session, "X-Request-Id": self._kit.new_request_id()}
+        headers = {HEADER_SESSION: session, REQUEST_ID: self._kit.new_request_id()}
         if turn.lease is not None:
             headers[HEADER_LEASE] = turn.lease.token
         return engine_request(

@@ -9,11 +9,13 @@ import httpx2
 
 from conserve_sdk.identity import HEADER_SESSION
 
-__all__ = ["HEADER_LEASE", "SESSION_CHARS_MAX", "engine_request", "engine_url"]
+__all__ = ["HEADER_LEASE", "SESSION_CHARS_MAX", "TRACE_HEADERS", "engine_request", "engine_url"]
 
 HEADER_LEASE = "X-ConServe-Lease"
 """Carries the lease token to the engine, for a guard there; stock engines ignore it."""
 SESSION_CHARS_MAX = 255
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C trace context, which vLLM reads; the application's own goes along unless a hook puts another in its place."""
 
 _INTERNAL_PREFIX = b"x-conserve-"
 _REPLACED = frozenset(

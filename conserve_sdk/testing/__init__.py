@@ -2,8 +2,9 @@
 
 from conserve_sdk.testing._broker import BrokerExchange, InMemoryBroker, small_fleet
 from conserve_sdk.testing._clock import FakeClock
-from conserve_sdk.testing._engine import EngineCall, EngineReply, ScriptedEngine
-from conserve_sdk.testing._network import deny_network
+from conserve_sdk.testing._engine import EngineCall, ScriptedEngine, UnexpectedCall
+from conserve_sdk.testing._network import NetworkDenied, deny_network
+from conserve_sdk.testing._replies import EngineReply, ToolCall
 
 __all__ = [
     "BrokerExchange",
@@ -11,7 +12,10 @@ __all__ = [
     "EngineReply",
     "FakeClock",
     "InMemoryBroker",
+    "NetworkDenied",
     "ScriptedEngine",
+    "ToolCall",
+    "UnexpectedCall",
     "deny_network",
     "small_fleet",
 ]

@@ -32,6 +32,10 @@ class FakeClock:
         """The present instant in seconds, for code that takes a `time.monotonic`."""
         return self.now_ms() / 1000
 
+    def monotonic_us(self) -> int:
+        """The present instant in microseconds: what `ConServe` takes as `clock_us`."""
+        return self.now_ms() * 1000
+
     def advance(self, ms: int) -> Ms:
         """Let `ms` milliseconds pass, then tell everyone who listens. Returns the new instant.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeAlias
 
 import httpx2
 
-__all__ = ["EngineCall", "EngineReply", "ScriptedEngine"]
+from conserve_sdk._bodies import kind_of
+from conserve_sdk._kind import Kind
+from conserve_sdk.testing._clock import FakeClock
+from conserve_sdk.testing._replies import EngineReply
 
-_JSON = "application/json"
-_EVENTS = "text/event-stream"
+__all__ = ["EngineCall", "Script", "ScriptedEngine", "UnexpectedCall"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,115 +36,30 @@ class EngineCall:
     body: dict[str, Any]
     timeout: dict[str, float | None]
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it asks for a prompt's KV only, as the first of a first turn's two requests does."""
+        params = self.body.get("kv_transfer_params") or {}
+        one_token = 1 in (self.body.get("max_tokens"), self.body.get("max_output_tokens"))
+        return bool(params.get("do_remote_decode") and not params.get("do_remote_prefill") and one_token)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineReply:
-    """One reply; the class methods make the usual ones.
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat messages that were sent, the newest last."""
+        return list(self.body.get("messages") or ())
 
-    Attributes:
-        chunks: the body in the pieces in which it arrives.
-        raises: raised instead of answering, as httpx2 would.
-        drops: raised after the last chunk: the connection broke.
-    """
-
-    status: int = 200
-    content_type: str = _JSON
-    chunks: tuple[bytes, ...] = ()
-    raises: Exception | None = None
-    drops: Exception | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def json(cls, data: object, *, status: int = 200) -> Self:
-        """Any JSON document."""
-        return cls(status=status, chunks=(json.dumps(data).encode(),))
-
-    @classmethod
-    def chat(
-        cls,
-        text: str = "ok",
-        *,
-        tool: str | None = None,
-        prompt_tokens: int = 100,
-        completion_tokens: int = 5,
-        cached_tokens: int = 0,
-    ) -> Self:
-        """A chat completion: `text`, or a call of `tool`."""
-        call = {"id": "call-1", "type": "function", "function": {"name": tool, "arguments": "{}"}}
-        message = {"role": "assistant", "content": None if tool else text, **({"tool_calls": [call]} if tool else {})}
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if tool else "stop"}
-        usage = _usage(prompt_tokens, completion_tokens, cached_tokens)
-        return cls.json({**_HEAD, "object": "chat.completion", "choices": [choice], "usage": usage})
-
-    @classmethod
-    def chat_stream(cls, *pieces: str, tool: str | None = None, usage: bool = True, end: bool = True) -> Self:
-        """A streamed chat completion: one event per piece, then usage (if asked for) and the end marker."""
-        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, *({"content": p} for p in pieces)]
-        if tool:
-            deltas.append({"tool_calls": [{"index": 0, "id": "call-1", "function": {"name": tool, "arguments": "{}"}}]})
-        events = [_chunk([{"index": 0, "delta": delta, "finish_reason": None}]) for delta in deltas]
-        if end:
-            events.append(_chunk([{"index": 0, "delta": {}, "finish_reason": "tool_calls" if tool else "stop"}]))
-            events += [_chunk([], usage=_usage(100, len(pieces), 0))] if usage else []
-            events.append(b"data: [DONE]\n\n")
-        return cls(content_type=_EVENTS, chunks=tuple(events))
-
-    @classmethod
-    def stream_error(cls, *, status: int = 500, message: str = "Internal server error") -> Self:
-        """A stream that begins with an error, which is how vLLM reports one after its headers are out."""
-        error = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": status}}
-        return cls(content_type=_EVENTS, chunks=(b"data: " + json.dumps(error).encode() + b"\n\n", b"data: [DONE]\n\n"))
-
-    @classmethod
-    def prefill(cls, *, params: object = ..., token_ids: Sequence[int] | None = (1, 2, 3), tokens: int = 100) -> Self:
-        """A prefiller's answer; `params` replaces the transfer params (None: it has no KV connector)."""
-        choice = {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "length"}
-        answer = {**_HEAD, "object": "chat.completion", "choices": [choice], "usage": _usage(tokens, 1, 0)}
-        answer["kv_transfer_params"] = dict(TRANSFER_PARAMS) if params is ... else params
-        answer["prompt_token_ids"] = None if token_ids is None else list(token_ids)
-        return cls.json(answer)
-
-    @classmethod
-    def failure(cls, status: int, message: str = "no") -> Self:
-        """An error answer in vLLM's shape."""
-        return cls.json({"error": {"message": message, "type": "Error", "param": None, "code": status}}, status=status)
-
-    @classmethod
-    def unreachable(cls) -> Self:
-        """Connection refused."""
-        return cls(raises=httpx2.ConnectError("connection refused"))
-
-    @classmethod
-    def broken(cls) -> Self:
-        """The connection is closed before any answer."""
-        return cls(raises=httpx2.RemoteProtocolError("Server disconnected without sending a response."))
-
-    @classmethod
-    def silent(cls) -> Self:
-        """No answer in time."""
-        return cls(raises=httpx2.ReadTimeout("timed out"))
-
-    def dropped(self) -> EngineReply:
-        """This reply, broken off after its chunks."""
-        return EngineReply(
-            status=self.status,
-            content_type=self.content_type,
-            chunks=self.chunks,
-            drops=httpx2.RemoteProtocolError("peer closed connection without sending complete message body"),
-        )
+    @property
+    def tool_names(self) -> list[str]:
+        """The tools that were offered to the model."""
+        return [str(tool.get("function", tool).get("name")) for tool in self.body.get("tools") or ()]
 
 
-TRANSFER_PARAMS: dict[str, Any] = {
-    "do_remote_prefill": True,
-    "do_remote_decode": False,
-    "remote_block_ids": [[1, 2, 3, 4]],
-    "remote_engine_id": "engine-p0",
-    "remote_request_id": "chatcmpl-p0",
-    "remote_host": "127.0.0.1",
-    "remote_port": 5600,
-    "tp_size": 1,
-}
-"""What a prefiller gives back, after vLLM 0.32's NIXL connector."""
+Script: TypeAlias = EngineReply | Callable[[EngineCall], EngineReply]
+"""A reply, or what makes one out of the call."""
+
+
+class UnexpectedCall(AssertionError):  # noqa: N818 -- says what happened
+    """An engine was asked for more than the script holds."""
 
 
 class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
@@ -150,36 +67,60 @@ class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
 
     Args:
         replies: played in order, whichever engine is called.
-        then: what follows them: `"fail"` raises AssertionError at an unexpected call; `"answer"` answers like vLLM
+        then: what follows them: `"fail"` raises `UnexpectedCall` (an AssertionError); `"answer"` answers like vLLM
             (transfer params to a prefill, a completion or stream to all else).
+        prefills: `"script"` plays the replies to prefill requests too; `"answer"` answers those like vLLM, so that the
+            script holds the model's turns only, wherever the broker lets them be prefilled.
+        clock: advanced by replies that take time (`EngineReply.taking`).
 
     Attributes:
         calls: every request, in the order of arrival.
     """
 
-    def __init__(self, *replies: EngineReply, then: Literal["fail", "answer"] = "fail") -> None:
+    def __init__(
+        self,
+        *replies: Script,
+        then: Literal["fail", "answer"] = "fail",
+        prefills: Literal["script", "answer"] = "script",
+        clock: FakeClock | None = None,
+    ) -> None:
         self.calls: list[EngineCall] = []
-        self._any: deque[EngineReply] = deque(replies)
-        self._by_engine: dict[str, deque[EngineReply]] = {}
+        self._any: deque[Script] = deque(replies)
+        self._by_engine: dict[str, deque[Script]] = {}
+        self._unexpected: list[str] = []
         self._then = then
+        self._prefills = prefills
+        self._clock = clock
         self._lock = threading.Lock()
 
-    def script(self, engine: str, *replies: EngineReply) -> Self:
+    def script(self, engine: str, *replies: Script) -> Self:
         """Add replies that only this engine plays; they go before the common ones."""
         with self._lock:
             self._by_engine.setdefault(engine, deque()).extend(replies)
+        return self
+
+    def add(self, *replies: Script) -> Self:
+        """Add replies behind the common ones."""
+        with self._lock:
+            self._any.extend(replies)
         return self
 
     def calls_to(self, engine: str) -> list[EngineCall]:
         """The requests that one engine got."""
         return [call for call in self.calls if call.engine == engine]
 
+    @property
+    def turns(self) -> list[EngineCall]:
+        """The requests that were to be answered: all but prefills and those that are no completions."""
+        return [call for call in self.calls if kind_of(call.method, call.path) and not call.is_prefill]
+
     def assert_complete(self) -> None:
-        """Every scripted reply was played.
+        """Every scripted reply was played, and no other was asked for.
 
         Raises:
-            AssertionError: some were not.
+            AssertionError: some were not, or an agent swallowed an `UnexpectedCall`.
         """
+        assert not self._unexpected, f"nobody scripted a reply for: {'; '.join(self._unexpected)}"
         left = len(self._any) + sum(map(len, self._by_engine.values()))
         assert not left, f"{left} scripted replies were never asked for; calls: {[c.engine for c in self.calls]}"
 
@@ -208,27 +149,45 @@ class ScriptedEngine(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             timeout=dict(request.extensions.get("timeout", {})),
         )
         reply = self._next(call)
+        _pass(self._clock, reply.takes_ms)
         if reply.raises is not None:
             raise reply.raises
         headers = {"content-type": reply.content_type, **reply.headers}
-        return httpx2.Response(reply.status, headers=headers, stream=_Chunks(reply))
+        return httpx2.Response(reply.status, headers=headers, stream=_Chunks(reply, self._clock))
 
     def _next(self, call: EngineCall) -> EngineReply:
+        script = self._take(call)
+        if script is not None:
+            return script if isinstance(script, EngineReply) else script(call)
+        return _like_vllm(call)
+
+    def _take(self, call: EngineCall) -> Script | None:
+        """The next scripted reply; None: answer like vLLM."""
         with self._lock:
             self.calls.append(call)
-            for queue in (self._by_engine.get(call.engine), self._any):
-                if queue:
-                    return queue.popleft()
-        assert self._then == "answer", f"no reply scripted for {call.method} {call.path} on {call.engine}"
-        return _like_vllm(call.body)
+            own = self._by_engine.get(call.engine)
+            if own:
+                return own.popleft()
+            if self._prefills == "answer" and call.is_prefill:
+                return None
+            if self._any:
+                return self._any.popleft()
+            if self._then == "answer":
+                return None
+            self._unexpected.append(f"{call.method} {call.path} on {call.engine}")
+        raise UnexpectedCall(f"no reply scripted for {self._unexpected[-1]}")
 
 
 class _Chunks(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    def __init__(self, reply: EngineReply) -> None:
+    def __init__(self, reply: EngineReply, clock: FakeClock | None) -> None:
         self._reply = reply
+        self._clock = clock
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._reply.chunks
+        for number, chunk in enumerate(self._reply.chunks):
+            if number:
+                _pass(self._clock, self._reply.between_ms)
+            yield chunk
         if self._reply.drops is not None:
             raise self._reply.drops
 
@@ -237,25 +196,20 @@ class _Chunks(httpx2.SyncByteStream, httpx2.AsyncByteStream):
             yield chunk
 
 
-_HEAD: dict[str, Any] = {"id": "chatcmpl-1", "created": 1, "model": "test-model"}
+def _pass(clock: FakeClock | None, ms: int) -> None:
+    if ms:
+        assert clock is not None, "a reply that takes time needs ScriptedEngine(clock=...)"
+        clock.advance(ms)
 
 
-def _usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-
-
-def _chunk(choices: list[dict[str, Any]], *, usage: dict[str, Any] | None = None) -> bytes:
-    data = {**_HEAD, "object": "chat.completion.chunk", "choices": choices, **({"usage": usage} if usage else {})}
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
-
-
-def _like_vllm(body: dict[str, Any]) -> EngineReply:
-    params = body.get("kv_transfer_params") or {}
-    if params.get("do_remote_decode") and not params.get("do_remote_prefill") and body.get("max_tokens") == 1:
+def _like_vllm(call: EngineCall) -> EngineReply:
+    if call.is_prefill:
         return EngineReply.prefill()
-    return EngineReply.chat_stream("o", "k") if body.get("stream") else EngineReply.chat()
+    streams = bool(call.body.get("stream"))
+    match kind_of(call.method, call.path):
+        case Kind.RESPONSES:
+            return EngineReply.response_stream("o", "k") if streams else EngineReply.response()
+        case Kind.COMPLETIONS:
+            return EngineReply.completion_stream("o", "k") if streams else EngineReply.completion()
+        case _:
+            return EngineReply.chat_stream("o", "k") if streams else EngineReply.chat()

@@ -8,18 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["deny_network"]
+__all__ = ["NetworkDenied", "deny_network"]
+
+
+class NetworkDenied(AssertionError):  # noqa: N818 -- says what happened
+    """Something tried to connect."""
 
 
 @contextmanager
-def deny_network(*, allow_loopback: bool = False) -> Iterator[None]:
-    """Inside the block, every attempt to connect an Internet socket raises AssertionError naming the address.
+def deny_network(*, allow_loopback: bool = False) -> Iterator[list[Any]]:
+    """Inside the block, connecting an Internet socket raises `NetworkDenied` (an AssertionError) naming the address.
 
     Covers blocking code and asyncio's own event loops; not event loops that open sockets outside Python.
 
     Args:
         allow_loopback: let connections to this machine through.
+
+    Yields:
+        The addresses denied so far, for code under test that swallows errors (async clients
+        raise this one inside an `ExceptionGroup`).
     """
+    denied: list[Any] = []
     original = {name: socket.socket.__dict__.get(name) for name in ("connect", "connect_ex")}
 
     def guard(name: str) -> Any:
@@ -27,8 +36,9 @@ def deny_network(*, allow_loopback: bool = False) -> Iterator[None]:
 
         def connect(self: socket.socket, address: Any) -> Any:
             if self.family in (socket.AF_INET, socket.AF_INET6) and not (allow_loopback and _is_loopback(address[0])):
+                denied.append(address)
                 self.close()  # its owner is prepared for OSError only
-                raise AssertionError(f"the network is denied here, but something connects to {address}")
+                raise NetworkDenied(f"the network is denied here, but something connects to {address}")
             return real(self, address)
 
         return connect
@@ -36,7 +46,7 @@ def deny_network(*, allow_loopback: bool = False) -> Iterator[None]:
     for name in original:
         setattr(socket.socket, name, guard(name))
     try:
-        yield
+        yield denied
     finally:
         for name, own in original.items():
             if own is None:

@@ -12,7 +12,7 @@ import httpx2
 
 from conserve_sdk._turn import Timeouts, TurnOptions, TurnPlanner
 from conserve_sdk.errors import ConfigError
-from conserve_sdk.telemetry import LoggingHook, TurnHook
+from conserve_sdk.telemetry import Follower, LoggingHook
 
 __all__ = ["BROKER_URL_ENV", "ConServeOptions", "Settings"]
 
@@ -30,7 +30,7 @@ class ConServeOptions(TypedDict, total=False):
         on_broker_unavailable: `"fallback"` sends new conversations to `fallback_engines` when no broker answers;
             `"raise"` raises `BrokerUnavailable`. Conversations that have a lease go on either way.
         fallback_engines: base URLs of engines that may answer without a lease.
-        on_turn: one hook or several, called with a `TurnRecord` after each turn.
+        on_turn: one hook or several, called with a `TurnRecord` after each turn (or following it, see `TurnObserver`).
         stranger_bytes_max: longest prompt of a side request (title, summary, guardrail) that rides on its
             conversation's decoder instead of taking a lease; 0 switches that off.
         broker_transport, engine_transport: replace the network, for tests.
@@ -43,7 +43,7 @@ class ConServeOptions(TypedDict, total=False):
     timeouts: Timeouts
     on_broker_unavailable: Literal["fallback", "raise"]
     fallback_engines: Sequence[str]
-    on_turn: TurnHook | Sequence[TurnHook]
+    on_turn: Follower | Sequence[Follower]
     stranger_bytes_max: int
     broker_transport: Any
     engine_transport: Any
@@ -61,7 +61,7 @@ class Settings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     on_broker_unavailable: Literal["fallback", "raise"] = "fallback"
     fallback_engines: tuple[str, ...] = ()
-    on_turn: tuple[TurnHook, ...] = ()
+    on_turn: tuple[Follower, ...] = ()
     stranger_bytes_max: int = 1_024
     broker_transport: Any = None
     engine_transport: Any = None
@@ -128,7 +128,7 @@ def _urls(given: Sequence[str], *, key: str) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _hooks(given: TurnHook | Sequence[TurnHook] | None) -> tuple[TurnHook, ...]:
+def _hooks(given: Follower | Sequence[Follower] | None) -> tuple[Follower, ...]:
     if given is None:
         return (LoggingHook(),)
     return tuple(given) if isinstance(given, Sequence) else (given,)

@@ -54,11 +54,11 @@ class World:
         self.engine = engine or ScriptedEngine(then="answer")
         self.turns = TurnCollector()
         options.setdefault("engine_transport", self.engine)
+        options.setdefault("on_turn", self.turns)
         options.setdefault("clock_us", lambda: self.clock.now_ms() * 1000)
         self.conserve = ConServe(
             self.broker.url,
             broker_transport=self.broker,
-            on_turn=self.turns,
             **options,
         )
         self.runner = asyncio.Runner()

@@ -1,5 +1,6 @@
-"""`conserve doctor`: against a fleet in memory, a running broker with an emulated fleet, and nothing at all."""
+"""`conserve doctor` on the broker: one in memory, a running one with an emulated fleet, and nothing at all."""
 
+import json
 from importlib import metadata
 
 import httpx2
@@ -8,9 +9,10 @@ import pytest
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet
-from conserve_sdk import doctor
+from conserve_sdk.core import PAPER, BrokerSettings
+from conserve_sdk.doctor import _command, _installation, main
 from conserve_sdk.protocol import PROTOCOL_VERSION
-from conserve_sdk.testing import InMemoryBroker, small_fleet
+from conserve_sdk.testing import EngineReply, InMemoryBroker, small_fleet
 
 
 class Network(httpx2.BaseTransport):
@@ -21,17 +23,42 @@ class Network(httpx2.BaseTransport):
         self.ready = 200
         self.fleet_changes: dict = {}
         self.silent: set[str] = set()
+        self.refuses = False
+        self.authorization = ""
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         host, path = request.url.host, request.url.path
         if host in self.silent:
             raise httpx2.ConnectTimeout("timed out", request=request)
         if host != "broker.invalid":
-            return httpx2.Response(200 if path == "/health" else 404)
+            return self.engine(path)
+        self.authorization = request.headers.get("authorization", "")
+        if self.refuses and path == "/v1/fleet":
+            return httpx2.Response(401)
         if path in ("/healthz", "/readyz"):
             return httpx2.Response(200 if path == "/healthz" else self.ready)
         answer = self.broker.handle_request(request)
-        return httpx2.Response(200, json=answer.json() | self.fleet_changes)
+        changed = path == "/v1/fleet" and self.fleet_changes
+        return httpx2.Response(200, json=answer.json() | changed) if changed else answer
+
+    @staticmethod
+    def engine(path: str) -> httpx2.Response:
+        answers = {
+            "/health": httpx2.Response(200),
+            "/version": httpx2.Response(200, json={"version": "0.32.0"}),
+            "/v1/models": httpx2.Response(
+                200, json={"data": [{"id": "test-model", "root": "m", "max_model_len": 4096}]}
+            ),
+            "/metrics": httpx2.Response(200, text=PAGE),
+        }
+        return answers.get(path, httpx2.Response(404))
+
+
+PAGE = """
+vllm:num_requests_running 0.0
+vllm:nixl_num_failed_transfers_total 0.0
+vllm:cache_config_info{block_size="16",enable_prefix_caching="True"} 1.0
+"""
 
 
 @pytest.fixture
@@ -44,8 +71,14 @@ def no_broker_in_the_environment(monkeypatch) -> None:
     monkeypatch.delenv("CONSERVE_BROKER_URL", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def engines_in_this_process_are_elsewhere(monkeypatch) -> None:
+    """What the emulated engines burn is the tests' own CPU time, and says nothing about an engine at rest."""
+    monkeypatch.setattr(_command, "cpu_seconds_behind", lambda port: None)
+
+
 def run(capsys, *argv: str, transport: httpx2.BaseTransport | None = None) -> tuple[int, list[str]]:
-    code = doctor.main(list(argv), transport=transport)
+    code = main(list(argv), transport=transport, sleep=lambda _: None)
     return code, capsys.readouterr().out.splitlines()
 
 
@@ -53,7 +86,7 @@ def fails(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("fail")]
 
 
-ASK = ("--broker", "http://broker.invalid/")
+ASK = ("--broker", "http://broker.invalid/", "--no-requests")
 
 
 def test_without_a_broker_it_reports_the_installation(capsys) -> None:
@@ -61,11 +94,11 @@ def test_without_a_broker_it_reports_the_installation(capsys) -> None:
     assert code == 0
     assert f"ok    conserve-sdk: {metadata.version('conserve-sdk')}" in lines
     assert "ok    extra lab: installed" in lines
-    assert lines[-1] == "note  broker: not asked: give --broker URL"
+    assert lines[-1] == "note  broker: not asked: give --broker URL, or the URLs of engines"
 
 
 def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "_extras", lambda: {"lab": ["no-such-distribution", "pydantic"]})
+    monkeypatch.setattr(_installation, "_extras", lambda: {"lab": ["no-such-distribution", "pydantic"]})
     code, lines = run(capsys)
     expected = "note  extra lab: not installed (no-such-distribution missing): pip install 'conserve-sdk[lab]'"
     assert (code, expected in lines) == (0, True)
@@ -75,12 +108,17 @@ def test_a_healthy_fleet(capsys, network: Network) -> None:
     code, lines = run(capsys, *ASK, transport=network)
     assert (code, fails(lines)) == (0, [])
     assert "ok    broker: ready at http://broker.invalid, preset default" in lines
-    assert "ok    engine d1: decoder of test-model, ready; answers at http://d1.invalid" in lines
+    assert "note  engine d1: the broker sees it as decoder of test-model, ready; 0 of 100,000 KV tokens leased" in lines
+    assert "ok    engine d1: answers at http://d1.invalid" in lines
+    assert "ok    group test: blocks of 16 on all 3" in lines
 
 
 def test_the_environment_names_the_broker(capsys, network: Network, monkeypatch) -> None:
     monkeypatch.setenv("CONSERVE_BROKER_URL", "http://broker.invalid, http://standby.invalid")
-    assert "ok    broker: ready at http://broker.invalid, preset default" in run(capsys, transport=network)[1]
+    assert (
+        "ok    broker: ready at http://broker.invalid, preset default"
+        in run(capsys, "--no-requests", transport=network)[1]
+    )
 
 
 def test_an_engine_the_broker_lost(capsys, network: Network) -> None:
@@ -126,7 +164,10 @@ def test_another_protocol_version(capsys, network: Network, version: int, older:
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (httpx2.Response(200, text="<html>"), "what answers at http://broker.invalid is not a ConServe broker"),
+        (
+            httpx2.Response(200, text="<html>"),
+            "what answers at http://broker.invalid is not a ConServe broker: is this",
+        ),
         (httpx2.Response(404), "no answer from http://broker.invalid (HTTPStatusError: "),
     ],
 )
@@ -154,10 +195,58 @@ def test_a_broker_process_with_an_emulated_fleet(capsys) -> None:
             broker.wait_until_ready(engines=len(fleet.engines))
             code, lines = run(capsys, "--broker", broker.url)
             assert (code, fails(lines)) == (0, [])
-            assert sum(line.startswith("ok    engine ") for line in lines) == len(fleet.engines)
+            assert sum(": answers at http" in line for line in lines) == len(fleet.engines)
+            assert sum("tokens came over" in line for line in lines) == 3
+            assert lines[-1].startswith("ok    turn of emulated: by lease on d")
             assert len(small_fleet()) < len(fleet.engines)
             fleet.kill("d0")
-            code, lines = run(capsys, "--broker", broker.url)
+            code, lines = run(capsys, "--broker", broker.url, "--no-requests")
             (line,) = fails(lines)
             assert code == 1
             assert line.startswith("fail  engine d0:")
+
+
+def test_a_key_for_the_broker(capsys, network: Network) -> None:
+    run(capsys, *ASK, "--broker-key", "tenant-key", transport=network)
+    assert network.authorization == "Bearer tenant-key"
+    network.refuses = True
+    code, lines = run(capsys, *ASK, transport=network)
+    (line,) = fails(lines)
+    assert code == 1
+    assert "refuses this key (HTTP 401): give the key of a tenant" in line
+
+
+def test_a_turn_by_lease_that_fails(capsys, network: Network) -> None:
+    code, lines = run(capsys, "--broker", "http://broker.invalid", transport=network)
+    assert code == 1
+    assert fails(lines)[-1].startswith("fail  turn of test-model: failed (NotFoundError: ")
+    assert not network.broker.journal()  # given back
+
+
+def test_a_turn_that_lost_its_way(capsys, network: Network, monkeypatch) -> None:
+    answer = EngineReply.chat()
+
+    def engine(path: str) -> httpx2.Response:
+        if path == "/v1/chat/completions":
+            return httpx2.Response(200, content=answer.chunks[0], headers={"content-type": answer.content_type})
+        return Network.engine(path)
+
+    monkeypatch.setattr(network, "engine", engine)
+    _, lines = run(capsys, "--broker", "http://broker.invalid", "--engine-key", "k", transport=network)
+    assert lines[-1].startswith("ok    turn of test-model: by lease on d0 (local), first token after ")
+    network.broker = InMemoryBroker(settings=BrokerSettings(placement=PAPER))
+    _, lines = run(capsys, "--broker", "http://broker.invalid", "--broker-key", "k", transport=network)
+    assert lines[-1].startswith("fail  turn of test-model: answered, but not as it should be: no_transfer_params: see")
+
+
+def test_json(capsys, network: Network) -> None:
+    network.silent.add("p0.invalid")
+    assert main([*ASK, "--json"], transport=network, sleep=lambda _: None) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    (failed,) = (finding for finding in report["findings"] if finding["verdict"] == "fail")
+    assert {name: failed[name] for name in ("subject", "check", "fix")} == {
+        "subject": "engine p0",
+        "check": "reachable",
+        "fix": "turns go to http://p0.invalid directly, open the way",
+    }

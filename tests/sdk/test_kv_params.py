@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conserve_sdk._kv_params import TransferRefused, TransferTicket, read_ticket
-from conserve_sdk.testing._engine import TRANSFER_PARAMS
+from conserve_sdk.testing._replies import TRANSFER_PARAMS
 
 GOOD: dict[str, Any] = {"kv_transfer_params": TRANSFER_PARAMS, "prompt_token_ids": [5, 6, 7]}
 

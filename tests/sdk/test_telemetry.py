@@ -2,12 +2,14 @@
 
 import logging
 import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conserve_sdk.telemetry import LoggingHook, TurnCollector, TurnHook, TurnRecord, percentile
+from conserve_sdk.telemetry._record import TBT_OBSERVED_MAX, observed_gaps
 
 
 def record(**fields) -> TurnRecord:
@@ -81,3 +83,12 @@ def test_logging_hook_is_silent_below_the_level(caplog) -> None:
     with caplog.at_level(logging.WARNING, "quiet"):
         LoggingHook(logger)(record())
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("length", [0, 1, TBT_OBSERVED_MAX, TBT_OBSERVED_MAX + 1, 4096])
+def test_a_metric_takes_a_bounded_even_share_of_the_gaps(length: int) -> None:
+    gaps = tuple(range(length))
+    observed = observed_gaps(record(tbt_us=gaps))
+    assert len(observed) == length if length <= TBT_OBSERVED_MAX else len(observed) >= TBT_OBSERVED_MAX // 2
+    assert len(observed) <= TBT_OBSERVED_MAX
+    assert len({later - earlier for earlier, later in pairwise(observed)}) <= 1

@@ -12,12 +12,17 @@ from conserve_sdk import (
     AsyncConServeTransport,
     ConServe,
     ConServeTransport,
+    ConversationStats,
     LeaseRefused,
+    LoggingHook,
+    OpenTelemetryHook,
+    PrometheusHook,
     Timeouts,
     TurnHook,
     TurnRecord,
     connect,
     conversation,
+    last_turn,
 )
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, deny_network
 
@@ -45,8 +50,11 @@ async def program() -> None:
     httpx2.AsyncClient(transport=AsyncConServeTransport(fallback_engines=["http://a"], on_turn=[hook]))
     with conversation("c", lineage="planner"):
         pass
-    async with conversation("c"):
-        pass
+    async with conversation("c") as block:
+        assert_type(block.stats(), ConversationStats)
+    assert_type(conserve.stats("c").last, TurnRecord | None)
+    assert_type(last_turn(), TurnRecord | None)
+    connect("http://a", on_turn=[LoggingHook(), OpenTelemetryHook(), PrometheusHook()])
     try:
         conserve.close(release=True)
     except LeaseRefused as refused:
