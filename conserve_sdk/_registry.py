@@ -280,6 +280,22 @@ class LeaseRegistry:
             removed = [self._remove(ref) for ref in tuple(self._by_conversation.get(conversation, {}))]
             return [entry.grant for entry in removed if entry and entry.grant and entry.is_live(now_ms)]
 
+    def idle(self, conversation: ConversationId, *, now_ms: int) -> int:
+        """Leave a conversation's leases to their time: nobody waits for its tools any more; returns how many live on.
+
+        Leases with a turn in flight stay in use.
+        """
+        with self._lock:
+            left = 0
+            for ref in self._by_conversation.get(conversation, {}):
+                entry = self._entries[ref]
+                entry.waits_for_tools = False
+                entry.loop_arrived_at_ms = entry.loop_arrived_at_ms if entry.in_flight else None
+                if not entry.is_in_use():
+                    self._in_use.pop(ref, None)
+                    left += entry.is_live(now_ms)
+            return left
+
     def live_grants(self, *, now_ms: int) -> list[LeaseGrant]:
         """Return every live grant, to be released at close."""
         with self._lock:

@@ -119,6 +119,14 @@ class ConServe:
         flow = release_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return await adrive(flow, self._runtime.async_performer.perform)
 
+    def idle(self, conversation_id: str) -> int:
+        """Stop renewing the leases of a conversation whose run has returned; returns how many live on. No I/O.
+
+        A lease whose last turn called tools is renewed until its next turn, however long the tools take. When no next
+        turn will come (a hand-off, a tool whose result is the answer), say so here.
+        """
+        return self._runtime.kit.registry.idle(wire_id(conversation_id), now_ms=self._runtime.kit.now_ms())
+
     def park(self, conversation_id: str) -> int:
         """Tell that a conversation waits for a human, so that no engine keeps its KV for long; returns how many."""
         self._tell()

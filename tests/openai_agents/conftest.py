@@ -1,14 +1,20 @@
 """One broker in front of an emulated fleet for all tests here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import httpx2
 import pytest
+from agents import RunConfig
 
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
 from conserve_openai_agents import ConServeModelProvider
 from conserve_sdk import ConServe
 from conserve_sdk.telemetry import TurnCollector
+
+Activity = Callable[[str | None], str]
+Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +39,19 @@ def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
 @pytest.fixture
 def provider(stack: LocalStack, conserve: ConServe) -> ConServeModelProvider:
     return ConServeModelProvider(conserve=conserve, default_model=stack.model)
+
+
+@pytest.fixture
+def activity(stack: LocalStack) -> Activity:
+    """What the broker says of a lease: `busy`, `idle`, `parked`, or `gone`."""
+
+    def ask(lease_id: str | None) -> str:
+        answer = httpx2.get(f"{stack.broker_url}/v1/leases/{lease_id}/explain")
+        return "gone" if answer.status_code == 404 else str(answer.json()["activity"])
+
+    return ask
+
+
+@pytest.fixture
+def config(provider: ConServeModelProvider) -> Config:
+    return partial(RunConfig, model_provider=provider, tracing_disabled=True)
