@@ -116,6 +116,7 @@ PUBLIC: dict[str, list[str]] = {
     "conserve_broker": ["BrokerConfig", "BrokerServer", "ConfigProblem", "load_config"],
     "conserve_langgraph": ["ChatConServe", "ConServeChat"],
     "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider", "ConServeResponsesModel"],
+    "conserve_pydantic_ai": ["ConServeModel", "ConServeProvider"],
     "conserve_lab": [],
     "conserve_lab.engine_model": [
         "BlockPool",
