@@ -105,13 +105,17 @@ async def test_a_delegate_has_a_conversation_of_its_own(
         assert {activity(record.lease_id) for record in turns.records} == {"idle"}
 
 
-async def test_a_structured_result_is_the_end_of_its_run(model: ConServeModel, turns: TurnCollector) -> None:
+async def test_a_structured_result_is_the_end_of_its_run(
+    model: ConServeModel, turns: TurnCollector, activity: Activity
+) -> None:
     """By default the result is a tool call: nobody answers it, so its lease must not be renewed."""
     async with model.conserve:
         agent = Agent(model, instructions=LONG, output_type=Verdict)
         assert isinstance((await agent.run("Is it tidy?")).output, Verdict)
         assert turns.records[-1].finish_reason == "tool_calls"
         assert not _renewed(model.conserve)
+        assert model.conserve.flush()
+        assert activity(turns.records[-1].lease_id) == "idle", "a result waits for nobody"
 
 
 async def test_a_native_structured_result(model: ConServeModel) -> None:
