@@ -268,6 +268,20 @@ class LeaseRegistry:
         with self._lock:
             return min((entry.renew_at_ms for entry in self._renewable(now_ms)), default=None)
 
+    def idle(self, conversation: ConversationId, *, now_ms: int) -> int:
+        """Renew no lease of a conversation any more until its next turn; returns how many were still being renewed.
+
+        Turns that are running go on, and so do their leases.
+        """
+        with self._lock:
+            waiting = [self._entries[ref] for ref in self._by_conversation.get(conversation, {})]
+            waiting = [entry for entry in waiting if entry.waits_for_tools and not entry.in_flight]
+            for entry in waiting:
+                entry.waits_for_tools = False
+                entry.loop_arrived_at_ms = None
+                self._in_use.pop(entry.ref, None)
+            return sum(entry.is_live(now_ms) for entry in waiting)
+
     def drop(self, ref: LeaseRef) -> LeaseGrant | None:
         """Forget an entry and return its grant."""
         with self._lock:
@@ -279,22 +293,6 @@ class LeaseRegistry:
         with self._lock:
             removed = [self._remove(ref) for ref in tuple(self._by_conversation.get(conversation, {}))]
             return [entry.grant for entry in removed if entry and entry.grant and entry.is_live(now_ms)]
-
-    def idle(self, conversation: ConversationId, *, now_ms: int) -> int:
-        """Leave a conversation's leases to their time: nobody waits for its tools any more; returns how many live on.
-
-        Leases with a turn in flight stay in use.
-        """
-        with self._lock:
-            left = 0
-            for ref in self._by_conversation.get(conversation, {}):
-                entry = self._entries[ref]
-                entry.waits_for_tools = False
-                entry.loop_arrived_at_ms = entry.loop_arrived_at_ms if entry.in_flight else None
-                if not entry.is_in_use():
-                    self._in_use.pop(ref, None)
-                    left += entry.is_live(now_ms)
-            return left
 
     def live_grants(self, *, now_ms: int) -> list[LeaseGrant]:
         """Return every live grant, to be released at close."""

@@ -120,12 +120,12 @@ class ConServe:
         return await adrive(flow, self._runtime.async_performer.perform)
 
     def idle(self, conversation_id: str) -> int:
-        """Stop renewing the leases of a conversation whose run has returned; returns how many live on. No I/O.
+        """Stop renewing the leases of a conversation whose agent run has returned; returns how many were renewed.
 
-        A lease whose last turn called tools is renewed until its next turn, however long the tools take. When no next
-        turn will come (a hand-off, a tool whose result is the answer), say so here.
+        A run that ended in a tool call looks as if it still waited for the tool, and its leases would be kept for it.
+        Nothing is sent, so there is no async twin: the leases live on to their end, and a next turn uses them.
         """
-        return self._runtime.kit.registry.idle(wire_id(conversation_id), now_ms=self._runtime.kit.now_ms())
+        return self._runtime.idle(wire_id(conversation_id))
 
     def park(self, conversation_id: str) -> int:
         """Tell that a conversation waits for a human, so that no engine keeps its KV for long; returns how many."""

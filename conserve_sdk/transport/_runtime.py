@@ -16,6 +16,7 @@ from conserve_sdk._lineage import LineageBook, digest_prompt
 from conserve_sdk._registry import LeaseRegistry
 from conserve_sdk._reporter import Reporter
 from conserve_sdk._turn import Budget, Flow, LeasePlanner, Opened, TurnFlow, TurnKit, relay_flow
+from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import LeaseClosed
 from conserve_sdk.identity import resolve_conversation, resolve_lineage
 from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
@@ -90,6 +91,10 @@ class Runtime:
             previous_response_id=_text(body.data.get("previous_response_id")),
         )
         return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget)
+
+    def idle(self, conversation: ConversationId) -> int:
+        """Renew no lease of a conversation until its next turn; returns how many that stopped."""
+        return self.kit.registry.idle(conversation, now_ms=self.kit.now_ms())
 
     def close(self) -> None:
         """Send what is still to be reported and close the connections of blocking code. Idempotent."""
