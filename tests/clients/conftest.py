@@ -90,7 +90,9 @@ async def _awaited(made: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[LocalStack]:
-    with LocalStack(fleet=default_fleet(time_scale=0.0, tool_calls_min=1, tool_calls_max=1), preset="paper") as stack:
+    fleet = default_fleet(time_scale=0.0, tool_calls_min=1, tool_calls_max=1)
+    lives = {"lease": {"ttl_ms": 3_600_000}}  # no machine is so busy that a lease ends between two turns
+    with LocalStack(fleet=fleet, preset="paper", settings=lives) as stack:
         yield stack
 
 

@@ -9,7 +9,7 @@ from agents import RunConfig
 
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
-from conserve_openai_agents import ConServeModelProvider
+from conserve_openai_agents import ConServeModelProvider, _runs
 from conserve_sdk import ConServe
 from conserve_sdk.telemetry import TurnCollector
 
@@ -20,8 +20,15 @@ Config = Callable[..., RunConfig]
 @pytest.fixture(scope="module")
 def stack() -> Iterator[LocalStack]:
     fleet = default_fleet(time_scale=0.0, tool_calls_min=2, tool_calls_max=3)
-    with LocalStack(fleet=fleet, preset="paper") as stack:
+    # Lives that outlast any delay of a busy machine: what tests look at is what the broker was told.
+    lives = {"lease": {"ttl_ms": 3_600_000, "park_ttl_ms": 1_800_000}}
+    with LocalStack(fleet=fleet, preset="paper", settings=lives) as stack:
         yield stack
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runs, "GOODBYE_S", 60.0)
 
 
 @pytest.fixture

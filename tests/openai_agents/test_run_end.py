@@ -93,7 +93,7 @@ async def test_a_session_keeps_its_lease_which_is_renewed_no_more(
         assert result.last_agent is expert
         assert len({record.conversation_id for record in turns.records}) == 1
         assert len({record.lineage for record in turns.records}) == 2
-        assert provider.conserve.flush()
+        assert provider.conserve.flush(60)
         assert {activity(record.lease_id) for record in turns.records} == {"idle"}
         assert not _renewed(provider.conserve)
 
@@ -253,7 +253,7 @@ def test_runs_in_several_event_loops(
     session = SQLiteSession(uuid4().hex)
     for _ in range(3):
         asyncio.run(one(session))
-    assert provider.conserve.flush()
+    assert provider.conserve.flush(60)
     assert len({record.lease_id for record in turns.records}) == 1
     assert sum(record.migrated for record in turns.records) == 1
     assert activity(turns.records[0].lease_id) == "idle"

@@ -78,6 +78,6 @@ async def test_a_guardrail_that_nothing_names_gives_its_lease_back_at_once(
     async with provider.conserve:
         clerk = Agent(name="clerk", instructions=LONG, input_guardrails=[InputGuardrail(polite)])
         await Runner.run(clerk, "Hello.", session=SQLiteSession(uuid4().hex), run_config=config())
-        assert provider.conserve.flush()
+        assert provider.conserve.flush(60)
         states = {record.conversation_id.split(":")[1]: activity(record.lease_id) for record in turns.records}
         assert states == {"session": "idle", "run": "gone"}

@@ -25,7 +25,7 @@ def slow() -> Iterator[LocalStack]:
 
 
 async def _until(seen: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not seen():  # noqa: ASYNC110 -- the engines live in another thread's loop
             await asyncio.sleep(0.05)
 

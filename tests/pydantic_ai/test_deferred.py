@@ -49,7 +49,7 @@ async def test_an_approval_parks_and_its_resumption_goes_on(
             result = await agent.run(message_history=result.all_messages(), deferred_tool_results=answers)
         assert {record.lease_id for record in turns.records} == {lease_id}
         assert [record.migrated for record in turns.records] == [True] + [False] * (len(turns.records) - 1)
-        assert model.conserve.flush()
+        assert model.conserve.flush(60)
         assert activity(lease_id) == "idle"
 
 
