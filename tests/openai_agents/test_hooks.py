@@ -1,7 +1,10 @@
 """The private hooks of openai-agents that the adapter rests on. A release that drops one fails here, with a remedy."""
 
+import importlib
 import inspect
+import sys
 
+import pytest
 from agents import Agent, Runner
 from agents.models.interface import Model
 from agents.models.openai_chatcompletions import OpenAIChatCompletionsModel
@@ -57,6 +60,17 @@ async def test_the_run_of_a_call_is_the_one_that_ends(
         "the object given to `_cleanup_on_run_end` is no longer the one that model calls see: see `_hooks`"
     )
     assert not book._runs
+
+
+def test_a_release_without_the_run_of_a_call_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "agents.models._run_context", None)
+    try:
+        without = importlib.reload(_hooks)
+        assert not without.READS_OWNER
+        assert without.current_run_owner() is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(_hooks)
 
 
 async def test_without_the_run_of_a_call_turns_go_on_and_leases_end_by_their_time(
