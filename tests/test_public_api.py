@@ -143,7 +143,8 @@ PUBLIC: dict[str, list[str]] = {
     ],
     "conserve_broker": ["BrokerConfig", "BrokerServer", "ConfigProblem", "load_config"],
     "conserve_langgraph": ["ChatConServe", "ConServeChat"],
-    "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider"],
+    "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider", "ConServeResponsesModel"],
+    "conserve_pydantic_ai": ["ConServeModel", "ConServeProvider"],
     "conserve_lab": [],
     "conserve_lab.engine_model": [
         "BlockPool",

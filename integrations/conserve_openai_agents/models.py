@@ -1,24 +1,108 @@
-"""`ConServeModel` and its provider: the Agents SDK's chat-completions model on leased conversations."""
+"""`ConServeModel`, `ConServeResponsesModel` and their provider: the Agents SDK on leased conversations."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
 
-from agents import Model, ModelProvider, ModelSettings, OpenAIChatCompletionsModel
+from agents import (
+    Model,
+    ModelProvider,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+)
+from openai.types.responses import ResponseCompletedEvent
 
+from conserve_openai_agents._hooks import current_run_owner
+from conserve_openai_agents._identity import NamedTurn, name_turn
+from conserve_openai_agents._runs import Run, book_of
 from conserve_sdk import ConServe, connect
-from conserve_sdk.identity import HEADER_CONVERSATION, current_conversation
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from agents import Tool
+    from agents.agent_output import AgentOutputSchemaBase
+    from agents.handoffs import Handoff
     from agents.items import ModelResponse, TResponseInputItem, TResponseStreamEvent
 
-GENERATED_KEY_PREFIX = "agents-sdk:"
-"""How the keys begin that the runner makes up for a session, a group or a single run."""
+SIDE_CHARS_MAX = 1_024
+"""A request of a nested run that is no longer than this rides on the conversation around it: see `_host`."""
 
 
-class ConServeModel(OpenAIChatCompletionsModel):
+class _Leased(Model):
+    """What both models do around the turn that their base class makes."""
+
+    conserve: ConServe
+
+    def _supports_default_prompt_cache_key(self) -> bool:
+        """Ask the runner for its key per session. A private hook of openai-agents, held by a test."""
+        return True
+
+    async def _cleanup_on_run_end(self, owner: object) -> None:
+        """The run is over. A private hook of openai-agents, held by a test."""
+        await super()._cleanup_on_run_end(owner)
+        await book_of(self.conserve).end(owner, conserve=self.conserve)
+
+    async def get_response(  # noqa: PLR0917 -- the framework's signature
+        self,
+        system_instructions: str | None,
+        input: str | list[TResponseInputItem],
+        model_settings: ModelSettings,
+        tools: list[Tool],
+        output_schema: AgentOutputSchemaBase | None,
+        handoffs: list[Handoff[Any, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> ModelResponse:
+        """Answer one turn; see `agents.Model`."""
+        run, named = self._begin(model_settings, has_tools=bool(tools or handoffs), prompt=(system_instructions, input))
+        answer = await super().get_response(  # type: ignore[safe-super]  # the next class in line answers
+            system_instructions, input, named.settings, tools, output_schema, handoffs, *args, **kwargs
+        )
+        if run is not None:
+            run.answered(answer.output, tools)
+        return answer
+
+    async def stream_response(  # noqa: PLR0917 -- the framework's signature
+        self,
+        system_instructions: str | None,
+        input: str | list[TResponseInputItem],
+        model_settings: ModelSettings,
+        tools: list[Tool],
+        output_schema: AgentOutputSchemaBase | None,
+        handoffs: list[Handoff[Any, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncIterator[TResponseStreamEvent]:
+        """Stream one turn; see `agents.Model`. Closing the iterator ends the request at the engine."""
+        run, named = self._begin(model_settings, has_tools=bool(tools or handoffs), prompt=(system_instructions, input))
+        stream = super().stream_response(  # type: ignore[safe-super]  # the next class in line answers
+            system_instructions, input, named.settings, tools, output_schema, handoffs, *args, **kwargs
+        )
+        async with aclosing(cast("AsyncGenerator[TResponseStreamEvent, None]", stream)) as events:
+            async for event in events:
+                if run is not None and isinstance(event, ResponseCompletedEvent):
+                    run.answered(event.response.output, tools)
+                yield event
+
+    def _begin(
+        self,
+        settings: ModelSettings,
+        *,
+        has_tools: bool,
+        prompt: tuple[str | None, str | list[TResponseInputItem]],
+    ) -> tuple[Run | None, NamedTurn]:
+        run = book_of(self.conserve).run_of(current_run_owner())
+        named = name_turn(settings, host=None if has_tools else _host(run, prompt))
+        if run is not None and named.conversation is not None:
+            run.asks(named.conversation, owned=named.owned)
+        return run, named
+
+
+class ConServeModel(_Leased, OpenAIChatCompletionsModel):
     """Model for `Agent(model=...)`: the session of the run is the conversation.
 
     The runner knows the session, a model does not; but for models that ask for it, the runner passes a key that is
@@ -26,10 +110,14 @@ class ConServeModel(OpenAIChatCompletionsModel):
     conversation named by the header `X-ConServe-Conversation` in `ModelSettings.extra_headers`, by
     `with conserve_sdk.conversation(id)` or by your own `prompt_cache_key` wins.
 
+    When a run returns, its conversation is left to its time; when it stops for an approval, it is parked; and the
+    conversation of a run without session and group, which nobody can go on with, is released.
+
     Args:
         model: name that the engines serve.
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        options: for `agents.OpenAIChatCompletionsModel`.
     """
 
     def __init__(
@@ -43,33 +131,25 @@ class ConServeModel(OpenAIChatCompletionsModel):
         self.conserve = conserve or connect(broker_url)
         super().__init__(model=model, openai_client=self.conserve.async_openai_client(), **options)
 
-    def _supports_default_prompt_cache_key(self) -> bool:
-        """Ask the runner for its key per session. A private hook of openai-agents, held by a test."""
-        return True
 
-    async def get_response(
-        self,
-        system_instructions: str | None,
-        input: str | list[TResponseInputItem],
-        model_settings: ModelSettings,
-        *args: Any,
-        **kwargs: Any,
-    ) -> ModelResponse:
-        """Answer one turn; see `agents.Model`."""
-        named = name_conversation(model_settings)
-        return await super().get_response(system_instructions, input, named, *args, **kwargs)
+class ConServeResponsesModel(_Leased, OpenAIResponsesModel):
+    """`ConServeModel` over the Responses API of the engines, for what only it carries (reasoning items).
 
-    def stream_response(
+    Args:
+        model: name that the engines serve.
+        broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
+        conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+    """
+
+    def __init__(
         self,
-        system_instructions: str | None,
-        input: str | list[TResponseInputItem],
-        model_settings: ModelSettings,
-        *args: Any,
-        **kwargs: Any,
-    ) -> AsyncIterator[TResponseStreamEvent]:
-        """Stream one turn; returns the base class's iterator itself, so that closing it closes the request."""
-        named = name_conversation(model_settings)
-        return super().stream_response(system_instructions, input, named, *args, **kwargs)
+        model: str,
+        *,
+        broker_url: str | Sequence[str] | None = None,
+        conserve: ConServe | None = None,
+    ) -> None:
+        self.conserve = conserve or connect(broker_url)
+        super().__init__(model=model, openai_client=self.conserve.async_openai_client())
 
 
 class ConServeModelProvider(ModelProvider):
@@ -79,6 +159,7 @@ class ConServeModelProvider(ModelProvider):
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
         default_model: name for agents that name none.
+        use_responses: speak the Responses API to the engines instead of chat completions.
     """
 
     def __init__(
@@ -87,10 +168,12 @@ class ConServeModelProvider(ModelProvider):
         *,
         conserve: ConServe | None = None,
         default_model: str | None = None,
+        use_responses: bool = False,
     ) -> None:
         self.conserve = conserve or connect(broker_url)
         self.default_model = default_model
-        self._models: dict[str, ConServeModel] = {}
+        self.use_responses = use_responses
+        self._models: dict[str, Model] = {}
 
     def get_model(self, model_name: str | None) -> Model:
         """Return the model of that name.
@@ -104,19 +187,17 @@ class ConServeModelProvider(ModelProvider):
                 "the agent names no model: set Agent(model=...) or ConServeModelProvider(default_model=...)"
             )
         if name not in self._models:
-            self._models[name] = ConServeModel(name, conserve=self.conserve)
+            kind = ConServeResponsesModel if self.use_responses else ConServeModel
+            self._models[name] = kind(name, conserve=self.conserve)
         return self._models[name]
 
 
-def name_conversation(settings: ModelSettings) -> ModelSettings:
-    """Turn the runner's generated key into the conversation header; a key of the user's own stays where it is."""
-    arguments = dict(settings.extra_args or {})
-    key = arguments.get("prompt_cache_key")
-    if not isinstance(key, str) or not key.startswith(GENERATED_KEY_PREFIX):
-        return settings
-    del arguments["prompt_cache_key"]
-    headers = dict(settings.extra_headers or {})
-    named = any(header.lower() == HEADER_CONVERSATION.lower() for header in headers)
-    if not named and current_conversation() is None:
-        headers[HEADER_CONVERSATION] = key
-    return replace(settings, extra_args=arguments or None, extra_headers=headers or None)
+def _host(run: Run | None, prompt: tuple[str | None, str | list[TResponseInputItem]]) -> str | None:
+    """The conversation around a nested run whose request is tiny: a guardrail or a title needs no lease of its own.
+
+    The transport then sends it to the decoder of that conversation without a lease.
+    """
+    if run is None or run.parent is None or run.conversations:
+        return None
+    chars = sum(len(part) if isinstance(part, str) else len(str(part)) for part in prompt if part)
+    return run.parent.main_conversation if chars <= SIDE_CHARS_MAX else None

@@ -1,21 +1,34 @@
 """One broker in front of an emulated fleet for all tests here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import httpx2
 import pytest
+from agents import RunConfig
 
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
-from conserve_openai_agents import ConServeModelProvider
+from conserve_openai_agents import ConServeModelProvider, _runs
 from conserve_sdk import ConServe
 from conserve_sdk.telemetry import TurnCollector
+
+Activity = Callable[[str | None], str]
+Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[LocalStack]:
     fleet = default_fleet(time_scale=0.0, tool_calls_min=2, tool_calls_max=3)
-    with LocalStack(fleet=fleet, preset="paper") as stack:
+    # Lives that outlast any delay of a busy machine: what tests look at is what the broker was told.
+    lives = {"lease": {"ttl_ms": 3_600_000, "park_ttl_ms": 1_800_000}}
+    with LocalStack(fleet=fleet, preset="paper", settings=lives) as stack:
         yield stack
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runs, "GOODBYE_S", 60.0)
 
 
 @pytest.fixture
@@ -33,3 +46,19 @@ def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
 @pytest.fixture
 def provider(stack: LocalStack, conserve: ConServe) -> ConServeModelProvider:
     return ConServeModelProvider(conserve=conserve, default_model=stack.model)
+
+
+@pytest.fixture
+def activity(stack: LocalStack) -> Activity:
+    """What the broker says of a lease: `busy`, `idle`, `parked`, or `gone`."""
+
+    def ask(lease_id: str | None) -> str:
+        answer = httpx2.get(f"{stack.broker_url}/v1/leases/{lease_id}/explain")
+        return "gone" if answer.status_code == 404 else str(answer.json()["activity"])
+
+    return ask
+
+
+@pytest.fixture
+def config(provider: ConServeModelProvider) -> Config:
+    return partial(RunConfig, model_provider=provider, tracing_disabled=True)

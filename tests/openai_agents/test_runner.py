@@ -4,12 +4,10 @@ from collections import Counter
 from uuid import uuid4
 
 import pytest
-from agents import Agent, ModelSettings, RunConfig, Runner, SQLiteSession, function_tool
-from agents.models.openai_chatcompletions import OpenAIChatCompletionsModel
+from agents import Agent, RunConfig, Runner, SQLiteSession, function_tool
 
 from conserve_lab.stack import LocalStack
 from conserve_openai_agents import ConServeModel, ConServeModelProvider
-from conserve_openai_agents.models import name_conversation
 from conserve_sdk import ConServe, conversation
 from conserve_sdk.telemetry import TurnCollector
 
@@ -94,30 +92,6 @@ async def test_agent_as_tool_has_its_own_conversation(
         assert result.final_output
         kinds = Counter(record.conversation_id.split(":")[1] for record in turns.records)
         assert set(kinds) == {"session", "run"}
-
-
-def test_runner_still_asks_the_model_whether_it_wants_a_key() -> None:
-    """The adapter rests on a private hook of openai-agents; if a release drops it, this says so."""
-    assert callable(OpenAIChatCompletionsModel._supports_default_prompt_cache_key)
-
-
-def test_own_prompt_cache_key_is_forwarded() -> None:
-    settings = ModelSettings(extra_args={"prompt_cache_key": "mine"})
-    assert name_conversation(settings) is settings
-
-
-def test_generated_key_becomes_the_header() -> None:
-    settings = ModelSettings(extra_args={"prompt_cache_key": "agents-sdk:run:1", "seed": 1}, extra_headers={"X-A": "b"})
-    named = name_conversation(settings)
-    assert named.extra_args == {"seed": 1}
-    assert named.extra_headers == {"X-A": "b", "X-ConServe-Conversation": "agents-sdk:run:1"}
-
-
-def test_header_of_the_application_wins_over_the_generated_key() -> None:
-    settings = ModelSettings(
-        extra_args={"prompt_cache_key": "agents-sdk:run:1"}, extra_headers={"x-conserve-conversation": "mine"}
-    )
-    assert name_conversation(settings).extra_headers == {"x-conserve-conversation": "mine"}
 
 
 def test_provider_keeps_one_model_a_name_and_wants_a_name(conserve: ConServe) -> None:
