@@ -237,6 +237,21 @@ class LeaseRegistry:
             if not entry.is_in_use():
                 self._in_use.pop(ref, None)
 
+    def idle(self, conversation: ConversationId) -> int:
+        """End the tool loops of a conversation: no lease waits for tools any more; returns how many did."""
+        with self._lock:
+            waiting = [
+                entry
+                for ref in self._by_conversation.get(conversation, {})
+                if (entry := self._entries[ref]).waits_for_tools
+            ]
+            for entry in waiting:
+                entry.waits_for_tools = False
+                entry.loop_arrived_at_ms = None
+                if not entry.is_in_use():
+                    self._in_use.pop(entry.ref, None)
+            return len(waiting)
+
     def apply_status(self, status: LeaseStatus, *, sent_at_ms: int, lease_id: LeaseId | None = None) -> None:
         """Take in the broker's verdict on a report or renewal: a longer life, a fresh token, or a loss.
 

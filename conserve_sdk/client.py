@@ -131,6 +131,13 @@ class ConServe:
         flow = park_flow(self._runtime.kit, conversation=wire_id(conversation_id))
         return await adrive(flow, self._runtime.async_performer.perform)
 
+    def idle(self, conversation_id: str) -> int:
+        """Tell that a run of a conversation returned: its leases are no longer renewed for tools; returns how many.
+
+        No I/O. The leases live on until their time, and the next turn uses them if it comes before.
+        """
+        return self._runtime.kit.registry.idle(wire_id(conversation_id))
+
     # ---- lifetime ---------------------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float = 5.0) -> bool:

@@ -114,7 +114,7 @@ PUBLIC: dict[str, list[str]] = {
         "small_fleet",
     ],
     "conserve_broker": ["BrokerConfig", "BrokerServer", "ConfigProblem", "load_config"],
-    "conserve_langgraph": ["ChatConServe", "ConServeChat"],
+    "conserve_langgraph": ["ChatConServe", "ConServeCallbackHandler", "ConServeChat", "ConServeMiddleware"],
     "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider"],
     "conserve_lab": [],
     "conserve_lab.engine_model": [
