@@ -125,7 +125,7 @@ def _settle(episode: Episode | None) -> None:
     thread = episode.thread
     if thread is not None and episode.interrupted:
         # Also the lease of an earlier run of the thread, if this one was interrupted before its first turn.
-        conversations |= dict.fromkeys((conserve, wire_id(thread)) for conserve in _book.seen())
+        conversations |= dict.fromkeys((conserve, wire_id(thread)) for conserve in _book.seen() if not conserve.closed)
     for conserve, conversation in conversations:
         conserve.idle(conversation)
         if episode.interrupted:
