@@ -81,13 +81,14 @@ def _elsewhere(stack: LocalStack, checkpoints: Path, thread: str, step: str) -> 
         [sys.executable, PROGRAM, stack.broker_url, checkpoints, thread, step],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.mark.timeout(600)  # four interpreters start
 @pytest.mark.parametrize("pause", ["short", "long"])
 def test_an_interrupt_answered_in_another_process(
     tmp_path: Path, pause: str, until: Callable[[Callable[[], bool]], None]
