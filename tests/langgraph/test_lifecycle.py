@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint, task
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
@@ -21,7 +22,7 @@ from langgraph.types import Command, interrupt
 
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
-from conserve_langgraph import ConServeCallbackHandler, ConServeChat
+from conserve_langgraph import ConServeCallbackHandler, ConServeChat, callbacks
 from conserve_sdk import ConServe
 from conserve_sdk.protocol import FleetInfo, LeaseExplanation
 from conserve_sdk.telemetry import TurnCollector
@@ -286,6 +287,45 @@ def test_a_stream_left_at_its_interrupt_parks(
             break
     stream.close()
     until(_is(lease_now, turns.records[0].lease_id, "parked"))
+
+
+def test_the_functional_api_parks_too(
+    llm: ConServeChat, turns: TurnCollector, lease_now: LeaseNow, until: Until
+) -> None:
+    @task
+    def ask(question: str) -> str:
+        return str(llm.invoke(question).text)
+
+    @entrypoint(checkpointer=InMemorySaver())
+    def workflow(question: str) -> str:
+        draft = ask(question).result()
+        return f"{interrupt(draft)}: {draft}"
+
+    config = _config()
+    list(workflow.stream("Write a draft. " * 100, config))
+    until(_is(lease_now, turns.records[0].lease_id, "parked"))
+    assert workflow.invoke(Command(resume="fine"), config).startswith("fine: ")
+
+
+def test_a_quick_answer_is_not_overtaken_by_the_parking(llm: ConServeChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Callable[[], bool]] = []
+    monkeypatch.setattr(callbacks._parking, "park", lambda conserve, conversation, *, unless: asked.append(unless))
+    during: list[bool] = []
+
+    @tool
+    def careful_delete(path: str) -> str:
+        """Delete a file, if a person agrees."""
+        answer = interrupt(path)
+        during.extend(unless() for unless in asked)
+        return str(answer)
+
+    graph, config = _agent(llm, careful_delete), _config()
+    graph.invoke(QUESTION, config)
+    assert asked
+    assert not any(unless() for unless in asked), "nobody has answered: it is parked"
+    graph.invoke(Command(resume="yes"), config)
+    assert during
+    assert all(during), "the thread runs again: it is left alone"
 
 
 def test_a_program_that_closes_right_after_the_interrupt_still_parks(
