@@ -95,18 +95,16 @@ class ConServeChat(BaseChatOpenAI):
         from_config = kwargs.pop(_CONFIG_CONVERSATION, None)
         payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
         headers = dict(payload.get("extra_headers") or {})
+        in_headers = [headers.pop(name) for name in tuple(headers) if name.lower() == HEADER_CONVERSATION.lower()]
+        explicit = given or next(iter(in_headers), None) or self.conversation_id
         thread = from_config or conversation_of(None)
-        in_header = next(
-            (value for name, value in headers.items() if name.lower() == HEADER_CONVERSATION.lower()), None
-        )
-        explicit = given or in_header or self.conversation_id
         # Inside `with conversation(...)` the transport sees id and lineage itself: a header would hide the lineage.
         scoped = None if explicit else current_conversation()
         conversation = explicit or scoped or thread
         if conversation:
             conversation = wire_id(str(conversation))
             note_turn(self.conserve, conversation, thread=thread)
-            if given or not (in_header or scoped):
+            if not scoped:
                 headers[HEADER_CONVERSATION] = conversation
         if headers:
             payload["extra_headers"] = headers

@@ -68,6 +68,12 @@ def test_header_given_by_the_application_is_left_alone(llm: ConServeChat, turns:
     assert _seen(turns) == [name]
 
 
+def test_call_argument_replaces_such_a_header(llm: ConServeChat, turns: TurnCollector) -> None:
+    name = _name()
+    llm.invoke(QUESTION, extra_headers={"x-conserve-conversation": "header"}, conversation_id=name)
+    assert _seen(turns) == [name]
+
+
 def test_models_own_conversation(llm: ConServeChat, turns: TurnCollector) -> None:
     name = _name()
     own = ConServeChat(model=llm.model_name, conserve=llm.conserve, conversation_id=name)

@@ -45,7 +45,7 @@ def test_two_hundred_models_cost_one_pair_of_http_clients(stack: LocalStack) -> 
         models.append(ConServeChat(model=stack.model, broker_url=stack.broker_url, temperature=number / 200))
         if number % 10 == 0:
             models[-1].invoke(QUESTION)
-    assert [_alive(kind) for kind in kinds] == clients
+    assert all(_alive(kind) <= before for kind, before in zip(kinds, clients, strict=True))
     assert len({(id(model.http_client), id(model.http_async_client)) for model in models}) == 1
     # Connections to engines come and go, and both of their ends are in this process; a leak would be 200 and more.
     assert _descriptors() < descriptors + 100
