@@ -132,7 +132,11 @@ class ConServe:
         """Tell that a conversation waits for a human, so that no engine keeps its KV for long; returns how many."""
         self._tell()
         flow = park_flow(self._runtime.kit, conversation=wire_id(conversation_id))
-        return drive(flow, self._runtime.performer.perform)
+        try:
+            return drive(flow, self._runtime.performer.perform)
+        finally:
+            if self.closed:  # adapters park beside the program, which may have closed this meanwhile
+                self._runtime.broker.close()
 
     async def apark(self, conversation_id: str) -> int:
         """The async twin of `park`."""

@@ -142,7 +142,7 @@ PUBLIC: dict[str, list[str]] = {
         "small_fleet",
     ],
     "conserve_broker": ["BrokerConfig", "BrokerServer", "ConfigProblem", "load_config"],
-    "conserve_langgraph": ["ChatConServe", "ConServeChat"],
+    "conserve_langgraph": ["ChatConServe", "ConServeCallbackHandler", "ConServeChat", "ConServeMiddleware"],
     "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider", "ConServeResponsesModel"],
     "conserve_pydantic_ai": ["ConServeModel", "ConServeProvider"],
     "conserve_lab": [],

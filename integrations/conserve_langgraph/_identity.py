@@ -24,10 +24,15 @@ def conversation_of(config: RunnableConfig | None) -> str | None:
     return _named_in(config) or _named_in(var_child_runnable_config.get())
 
 
+def named_in_metadata(metadata: Mapping[str, Any] | None) -> str | None:
+    """Return the conversation that a run's metadata names; LangGraph puts the thread there."""
+    return _first(metadata, METADATA_KEYS)
+
+
 def _named_in(config: RunnableConfig | None) -> str | None:
     if config is None:
         return None
-    return _first(config.get("configurable"), CONFIGURABLE_KEYS) or _first(config.get("metadata"), METADATA_KEYS)
+    return _first(config.get("configurable"), CONFIGURABLE_KEYS) or named_in_metadata(config.get("metadata"))
 
 
 def _first(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> str | None:

@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 
 from conserve_langgraph._identity import conversation_of
 from conserve_langgraph._state import messages_of_state
-from conserve_sdk import ConServe, connect
+from conserve_langgraph._wiring import clients_of
+from conserve_langgraph.callbacks import note_turn
+from conserve_sdk import BASE_URL, ConfigError, ConServe, connect
 from conserve_sdk.identity import HEADER_CONVERSATION, current_conversation, wire_id
 
-_BASE_URL = "http://conserve.invalid/v1"
 _WIRING = frozenset({"http_client", "http_async_client", "base_url", "openai_api_base"})
 _NOT_PICKLED = _WIRING | {"conserve", "client", "async_client", "root_client", "root_async_client"}
 _CONFIG_CONVERSATION = "conserve_config_conversation"
@@ -70,11 +71,12 @@ class ConServeChat(BaseChatOpenAI):
         defaults: dict[str, Any] = {"stream_usage": True}
         if not {"api_key", "openai_api_key"} & set(values):
             defaults["api_key"] = "EMPTY"
+        clients = clients_of(conserve)
         wiring = {
             "conserve": conserve,
-            "base_url": _BASE_URL,
-            "http_client": conserve.http_client(),
-            "http_async_client": conserve.async_http_client(),
+            "base_url": BASE_URL,
+            "http_client": clients.blocking,
+            "http_async_client": clients.nonblocking,
         }
         return defaults | values | wiring
 
@@ -93,13 +95,17 @@ class ConServeChat(BaseChatOpenAI):
         from_config = kwargs.pop(_CONFIG_CONVERSATION, None)
         payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
         headers = dict(payload.get("extra_headers") or {})
-        if given or not any(name.lower() == HEADER_CONVERSATION.lower() for name in headers):
-            explicit = given or self.conversation_id
-            # Inside `with conversation(...)` the transport sees id and lineage itself: a header would hide the lineage.
-            scoped = None if explicit else current_conversation()
-            conversation = explicit or (None if scoped else from_config or conversation_of(None))
-            if conversation:
-                headers[HEADER_CONVERSATION] = wire_id(str(conversation))
+        in_headers = [headers.pop(name) for name in tuple(headers) if name.lower() == HEADER_CONVERSATION.lower()]
+        explicit = given or next(iter(in_headers), None) or self.conversation_id
+        thread = from_config or conversation_of(None)
+        # Inside `with conversation(...)` the transport sees id and lineage itself: a header would hide the lineage.
+        scoped = None if explicit else current_conversation()
+        conversation = explicit or scoped or thread
+        if conversation:
+            conversation = wire_id(str(conversation))
+            note_turn(self.conserve, conversation, thread=thread)
+            if not scoped:
+                headers[HEADER_CONVERSATION] = conversation
         if headers:
             payload["extra_headers"] = headers
         return payload
@@ -185,9 +191,18 @@ class ConServeChat(BaseChatOpenAI):
         return self.model_copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the constructor's arguments; the other process connects by `broker_url`."""
+        """Pickle as the constructor's arguments; the other process makes its own connections."""
         given = {name: getattr(self, name) for name in self.model_fields_set if name not in _NOT_PICKLED}
+        if not self._is_connected_by_url():
+            given["conserve"] = self.conserve
         return (_rebuild, (type(self), given))
+
+    def _is_connected_by_url(self) -> bool:
+        """Whether `connect` would give the other process what this one has."""
+        try:
+            return connect(self.broker_url) is self.conserve
+        except ConfigError:
+            return False
 
 
 ChatConServe = ConServeChat

@@ -86,6 +86,7 @@ def broker_entries(fleet: EmulatedFleet) -> list[dict[str, Any]]:
             "url": engine.url,
             "role": engine.role,
             "model": engine.model,
+            "transfer_group": engine.model,  # KV moves only between engines of one model
             "connector": engine.config.connector,
             "block_size_tokens": engine.config.block_size,
             "max_hold_ms": engine.config.kv_lease_ms if engine.config.connector == "nixl" else 0,

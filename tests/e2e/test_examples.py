@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAYS = {
     "plain_openai.py": "turn 3 on d",
     "langgraph_agent.py": "Tool Message",
+    "langgraph_approval.py": "approved: write_note(",
     "openai_agents_session.py": "Is that more than 40?",
     "openai_agents_approval.py": "approved: ",
     "pydantic_ai_agent.py": "Is that more than 40?",

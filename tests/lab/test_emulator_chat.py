@@ -149,6 +149,23 @@ def test_answers_bound_to_a_format(shared_fleet: EmulatedFleet, http: httpx2.Cli
     assert chosen["choices"][0]["message"]["content"] in {"a", "b"}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "keys"),
+    [
+        ("Answer as JSON with 'setup' and 'punchline' keys.", {"setup", "punchline"}),
+        ('An object with "a", "b" and "c_1" fields, please', {"a", "b", "c_1"}),
+        ("Give the `total` field", {"total"}),
+        ("Any JSON will do", {"answer"}),
+    ],
+)
+def test_an_open_json_object_has_the_keys_that_the_prompt_names(
+    shared_fleet: EmulatedFleet, http: httpx2.Client, wanted: str, keys: set[str]
+) -> None:
+    messages = [{"role": "user", "content": wanted}]
+    answer = post(shared_fleet, http, messages=messages, response_format={"type": "json_object"}).json()
+    assert json.loads(answer["choices"][0]["message"]["content"]).keys() == keys
+
+
 def test_limits_and_stop_words(shared_fleet: EmulatedFleet, http: httpx2.Client) -> None:
     both = post(shared_fleet, http, messages=USER, max_tokens=1, max_completion_tokens=3).json()
     assert (both["usage"]["completion_tokens"], both["choices"][0]["finish_reason"]) == (3, "length")

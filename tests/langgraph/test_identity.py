@@ -1,10 +1,13 @@
 """Which conversation a call belongs to, in every way that LangChain and LangGraph offer."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import START, MessagesState, StateGraph
 
 from conserve_langgraph import ConServeChat
@@ -62,6 +65,12 @@ def test_header_given_by_the_application_is_left_alone(llm: ConServeChat, turns:
     llm.invoke(
         QUESTION, {"configurable": {"thread_id": "thread"}}, extra_headers={"x-conserve-conversation": name, "X-A": "b"}
     )
+    assert _seen(turns) == [name]
+
+
+def test_call_argument_replaces_such_a_header(llm: ConServeChat, turns: TurnCollector) -> None:
+    name = _name()
+    llm.invoke(QUESTION, extra_headers={"x-conserve-conversation": "header"}, conversation_id=name)
     assert _seen(turns) == [name]
 
 
@@ -148,3 +157,101 @@ async def test_events_v3_which_bypass_invoke_and_stream(llm: ConServeChat, turns
         state = await builder.compile().ainvoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
         assert state["messages"][-1].text
         assert _seen(turns) == [name]
+
+
+# ---- where contexts are lost, kept and shared -----------------------------------------------------------------
+
+
+def _graph(node: Any) -> Any:
+    builder = StateGraph(MessagesState)
+    builder.add_node("agent", node)
+    builder.add_edge(START, "agent")
+    return builder.compile()
+
+
+@pytest.mark.parametrize("config_given", [False, True])
+def test_an_executor_inside_a_node_keeps_the_thread_only_by_config(
+    llm: ConServeChat, turns: TurnCollector, config_given: bool
+) -> None:
+    """Executors start without the caller's context: pass the node's config on, or the content decides."""
+    name, question = _name(), [("user", f"A question of its own: {uuid4().hex}. " * 40)]
+
+    def node(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        with ThreadPoolExecutor(1) as executor:
+            work = executor.submit(llm.invoke, question, config if config_given else None)
+        return {"messages": [work.result()]}
+
+    _graph(node).invoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
+    (record,) = turns.records
+    assert (record.conversation_id == name) == config_given
+    assert record.lease_id
+
+
+async def test_to_thread_keeps_the_thread(llm: ConServeChat, turns: TurnCollector) -> None:
+    name = _name()
+
+    async def node(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [await asyncio.to_thread(llm.invoke, state["messages"])]}
+
+    async with llm.conserve:
+        await _graph(node).ainvoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
+        assert _seen(turns) == [name]
+
+
+def test_batch_inside_a_node_keeps_the_thread(llm: ConServeChat, turns: TurnCollector) -> None:
+    name = _name()
+
+    def node(state: MessagesState) -> dict[str, Any]:
+        return {"messages": llm.batch([[("user", f"Part {number} of the work. " * 60)] for number in range(3)])}
+
+    _graph(node).invoke({"messages": QUESTION}, {"configurable": {"thread_id": name}})
+    assert _seen(turns) == [name] * 3
+    assert len({record.lineage for record in turns.records}) == 3
+
+
+async def test_async_batch_gives_each_config_its_own_conversation(llm: ConServeChat, turns: TurnCollector) -> None:
+    async with llm.conserve:
+        names = [_name() for _ in range(3)]
+        configs: list[Any] = [{"configurable": {"thread_id": name}} for name in names]
+        await llm.abatch([QUESTION] * 3, configs)
+        assert sorted(_seen(turns)) == sorted(names)
+
+
+def test_own_key_names_the_conversation_of_a_whole_graph(llm: ConServeChat, turns: TurnCollector) -> None:
+    """A thread may be one of several that make up a conversation of the application."""
+    name = _name()
+    config: Any = {"configurable": {"thread_id": _name(), "conserve_conversation_id": name}}
+    _graph(llm).invoke({"messages": QUESTION}, config)
+    assert _seen(turns) == [name]
+
+
+def test_graph_without_thread_is_told_by_content(llm: ConServeChat, turns: TurnCollector) -> None:
+    graph = _graph(llm)
+    question = {"messages": [("user", f"Question {_name()}. " * 60)]}
+    state = graph.invoke(question)
+    graph.invoke({"messages": [*state["messages"], ("user", "And then?")]})
+    one, two = turns.records
+    assert (one.conversation_id, one.lease_id) == (two.conversation_id, two.lease_id)
+
+
+async def test_many_threads_at_once_do_not_mix(llm: ConServeChat, turns: TurnCollector) -> None:
+    """Interleaved over tasks, threads and streams; each conversation is named by what it asks."""
+
+    async def one(number: int, name: str) -> None:
+        config: Any = {"configurable": {"thread_id": name}}
+        asked = {"messages": [("user", f"I am {name}. " * 40)]}
+        match number % 3:
+            case 0:
+                await graph.ainvoke(asked, config)
+            case 1:
+                await asyncio.to_thread(graph.invoke, asked, config)
+            case _:
+                async for _ in graph.astream(asked, config, stream_mode="messages"):
+                    pass
+
+    async with llm.conserve:
+        graph, names = _graph(llm), [_name() for _ in range(30)]
+        await asyncio.gather(*(one(number, name) for number, name in enumerate(names)))
+        assert sorted(_seen(turns)) == sorted(names)
+        assert len({record.lineage for record in turns.records}) == len(names)
+        assert len({record.lease_id for record in turns.records}) == len(names)

@@ -227,7 +227,7 @@ class _Routes:
         body = _json_object(await request.body())
         check_model(body, _served(live))
         if "messages" in body:
-            ids = chat_prompt(body)
+            ids = chat_prompt(body, served=_served(live))
         elif isinstance(body.get("prompt"), str):
             ids = text_tokens(body["prompt"])
         else:
@@ -326,6 +326,7 @@ def _served(live: Incarnation) -> Served:
     return Served(
         model=live.config.model,
         max_model_len=live.config.max_model_len,
+        image_tokens=live.config.image_tokens,
         connector=live.config.connector != "none",
         stream_interval=live.config.stream_interval,
     )

@@ -22,10 +22,17 @@ from conserve_lab.emulator.fields import (
 from conserve_lab.emulator.generation import Choice, Generation, KvAnswer, Run, Update
 from conserve_lab.emulator.http import DONE, sse
 from conserve_lab.emulator.kv_params import read_kv_wish, take_prompt_token_ids
-from conserve_lab.emulator.language import Call, ChatMessage, Delta, NamedTool, TokenIds, assemble, render_chat
+from conserve_lab.emulator.language import (
+    ANY_OBJECT,
+    Call,
+    ChatMessage,
+    Delta,
+    NamedTool,
+    TokenIds,
+    assemble,
+    render_chat,
+)
 from conserve_lab.emulator.language.prompt import ROLES
-
-_ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {"answer": {"type": "string"}}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +142,7 @@ def read_chat(body: Body, *, served: Served, request_id: str, session_id: str | 
     params = kv_params(body, served)
     prompt = take_prompt_token_ids(params)
     if prompt is None:
-        prompt = chat_prompt(body)
+        prompt = chat_prompt(body, served=served)
     shared = sampling(body)
     limit = token_limit(
         body,
@@ -166,7 +173,7 @@ def read_chat(body: Body, *, served: Served, request_id: str, session_id: str | 
     )
 
 
-def chat_prompt(body: Body) -> TokenIds:
+def chat_prompt(body: Body, *, served: Served) -> TokenIds:
     """Return the prompt tokens of a chat body (also for `/tokenize`).
 
     Raises:
@@ -179,7 +186,7 @@ def chat_prompt(body: Body) -> TokenIds:
     if not isinstance(tools, list) or any(not _is_tool(tool) for tool in tools):
         raise ApiError("tools must be a list of function tools with a name", param="tools")
     return render_chat(
-        [_message(message, index) for index, message in enumerate(messages)],
+        [_message(message, index, image_tokens=served.image_tokens) for index, message in enumerate(messages)],
         tools=tools,
         options=body.get("chat_template_kwargs") or None,
         add_generation_prompt=body.get("add_generation_prompt") is not False,
@@ -202,7 +209,7 @@ def answer_form(body: Body) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
             raise ApiError("response_format.json_schema.schema must be an object", param="response_format")
         return schema, ()
     if form.get("type") == "json_object" or outputs.get("json_object"):
-        return _ANY_OBJECT, ()
+        return ANY_OBJECT, ()
     if isinstance(outputs.get("json"), dict):
         return outputs["json"], ()
     return None, tuple(str(choice) for choice in outputs.get("choice") or ())
@@ -226,7 +233,7 @@ def merged_delta(deltas: tuple[Delta | None, ...]) -> dict[str, Any]:
     return merged
 
 
-def _message(message: object, index: int) -> ChatMessage:
+def _message(message: object, index: int, *, image_tokens: int) -> ChatMessage:
     where = f"messages[{index}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(f"{where} needs a role, one of {', '.join(sorted(ROLES))}", param=where)
@@ -236,7 +243,8 @@ def _message(message: object, index: int) -> ChatMessage:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ApiError(f"{where}.tool_calls need a function with a name", param=where)
         calls.append(Call(function["name"], str(function.get("arguments") or "{}")))
-    return ChatMessage(message["role"], text_of_content(message.get("content"), where=where), tuple(calls))
+    text = text_of_content(message.get("content"), where=where, image_tokens=image_tokens)
+    return ChatMessage(message["role"], text, tuple(calls))
 
 
 def _is_tool(tool: object) -> bool:

@@ -34,6 +34,8 @@ class EmulatorConfig(BaseModel):
     """0 takes a free port, which the engine keeps over restarts."""
     model: Annotated[str, Field(min_length=1)] = "emulated"
     max_model_len: Positive = 32_768
+    image_tokens: NotNegative = 0
+    """Prompt tokens that an image becomes; 0 is a model for text alone, which refuses images."""
 
     block_size: Positive = 16
     kv_cache_tokens: Positive = 65_536

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from conserve_lab.emulator.errors import ApiError, prompt_too_long, unknown_model
 from conserve_lab.emulator.kv_params import FIELD, checked_type
-from conserve_lab.emulator.language import Wish
+from conserve_lab.emulator.language import Wish, image_text
 
 Body = Mapping[str, Any]
 
@@ -19,6 +20,7 @@ class Served:
 
     model: str
     max_model_len: int
+    image_tokens: int
     connector: bool
     stream_interval: int
 
@@ -147,11 +149,16 @@ def whole(body: Body, name: str, *, default: int, least: int) -> int:
     return value
 
 
-def text_of_content(content: Any, *, where: str) -> str:
-    """Return the text of a message's content: a string or a list of text parts.
+def text_of_content(content: Any, *, where: str, image_tokens: int = 0) -> str:
+    """Return the text of a message's content: a string or a list of parts.
+
+    Args:
+        content: The message's content.
+        where: Names the message in errors.
+        image_tokens: What an image part adds; 0 for a model that takes none.
 
     Raises:
-        ApiError: A part is not text; the emulated model is not multimodal.
+        ApiError: A part is neither text nor an image that the model takes.
     """
     if content is None:
         return ""
@@ -165,10 +172,29 @@ def text_of_content(content: Any, *, where: str) -> str:
             texts.append(part)
         elif isinstance(part, dict) and isinstance(text := part.get("text", part.get("refusal")), str):
             texts.append(text)
+        elif isinstance(part, dict) and part.get("type") == "image_url" and image_tokens:
+            texts.append(image_text(_image_reference(part, where=where), tokens=image_tokens))
         else:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ApiError(f"{where}: content of type {kind!r} is not supported; send text", param=where)
     return "".join(texts)
+
+
+def _image_reference(part: Mapping[str, Any], *, where: str) -> str:
+    """Return the image's `data:` URL or its address, which stands for the image (nothing is fetched here)."""
+    found = part.get("image_url")
+    url = found.get("url") if isinstance(found, dict) else found
+    address = url if isinstance(url, str) else ""
+    if address.startswith(("http://", "https://")):
+        return address
+    head, _, data = address.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ApiError(f"{where}: image_url must be an http(s) address or a data: URL in base64", param=where)
+    try:
+        base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ApiError(f"{where}: image_url is not valid base64: {error}", param=where) from error
+    return address
 
 
 def usage(run_prompt: int, completion: int, cached: int, created: int | None = None) -> dict[str, Any]:

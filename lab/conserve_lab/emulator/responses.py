@@ -12,10 +12,8 @@ from conserve_lab.emulator.fields import Body, Served, check_model, kv_params, s
 from conserve_lab.emulator.generation import Generation, KvAnswer, Run
 from conserve_lab.emulator.http import sse
 from conserve_lab.emulator.kv_params import read_kv_wish, take_prompt_token_ids
-from conserve_lab.emulator.language import Delta, NamedTool, RenderedCall, assemble, render_chat
+from conserve_lab.emulator.language import ANY_OBJECT, Delta, NamedTool, RenderedCall, assemble, render_chat
 from conserve_lab.emulator.responses_input import messages_of_input
-
-_ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {"answer": {"type": "string"}}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,4 +235,4 @@ def _answer_schema(body: Body) -> Mapping[str, Any] | None:
         if not isinstance(form.get("schema"), dict):
             raise ApiError("text.format.schema must be an object", param="text")
         return dict(form["schema"])
-    return _ANY_OBJECT if form.get("type") == "json_object" else None
+    return ANY_OBJECT if form.get("type") == "json_object" else None

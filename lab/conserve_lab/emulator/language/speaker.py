@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from conserve_lab.emulator.language.answer import Answer, cut, speak, stop_at
 from conserve_lab.emulator.language.hints import Hints, hints_of
+from conserve_lab.emulator.language.images import without_images
 from conserve_lab.emulator.language.prompt import Call, Dialogue, Tool, parse_prompt
 from conserve_lab.emulator.language.schema import fill_schema
 from conserve_lab.emulator.language.tokens import TokenIds, digest
@@ -17,6 +18,8 @@ from conserve_lab.emulator.language.tokens import TokenIds, digest
 _SUBJECTS: Final = ("the file", "the table", "the first part", "the sum", "the plan", "the report", "each row")
 _VERBS: Final = ("shows", "agrees with", "explains", "completes", "follows from", "supports", "contains")
 _OBJECTS: Final = ("the request", "the numbers above", "what was asked", "the last step", "the data", "the goal")
+ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
+"""What `response_format: json_object` binds an answer to."""
 _PARTS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 _SNIPPET_CHARS: Final = 80
 
@@ -102,7 +105,7 @@ class Speaker:
         if wish.choices:
             return speak(wish.choices[seed % len(wish.choices)], (), call_id_prefix="")
         if wish.answer_schema is not None:
-            value = fill_schema(wish.answer_schema, seed=seed, hints=_hints(dialogue))
+            value = fill_schema(_named_keys(wish.answer_schema, dialogue), seed=seed, hints=_hints(dialogue))
             return speak(json.dumps(value, ensure_ascii=False), (), call_id_prefix="")
         return speak(self._text(dialogue, wish, seed), (), call_id_prefix="")
 
@@ -158,7 +161,7 @@ class Speaker:
 def _opening(dialogue: Dialogue) -> str:
     last = dialogue.messages[-1] if dialogue.messages else None
     if last is not None and last.role == "tool":
-        return f"The last tool returned: {' '.join(last.text.split())[:_SNIPPET_CHARS]}. "
+        return f"The last tool returned: {' '.join(without_images(last.text).split())[:_SNIPPET_CHARS]}. "
     return ""
 
 
@@ -173,6 +176,13 @@ def _sentence(seed: int) -> str:
 def _last_user_text(dialogue: Dialogue) -> str:
     index = dialogue.last_user_index()
     return dialogue.plain if index is None else dialogue.messages[index].text
+
+
+def _named_keys(schema: Mapping[str, Any], dialogue: Dialogue) -> Mapping[str, Any]:
+    """Return the schema; where it leaves the object open, with the keys that the prompt asks for."""
+    if schema != ANY_OBJECT:
+        return schema
+    return {"type": "object", "properties": {key: {"type": "string"} for key in _hints(dialogue).keys or ("answer",)}}
 
 
 def _hints(dialogue: Dialogue) -> Hints:
