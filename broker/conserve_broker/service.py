@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from conserve_broker.clock import BrokerClock
-from conserve_broker.journal import DrainFlag, JournalError, JournalPort
+from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort
 from conserve_broker.logbook import Log, logger, write_decisions
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
@@ -30,6 +30,7 @@ from conserve_sdk.core.events import (
     EngineState,
     Event,
     LeaseReleased,
+    LeaseStored,
     Recovered,
     RequestCancelled,
     TimerFired,
@@ -141,6 +142,7 @@ class BrokerService:
         self._request_numbers = itertools.count(1)
         self._waiters: dict[RequestId, asyncio.Future[_Settled]] = {}
         self._commit: asyncio.Future[None] | None = None
+        self._fresh_files = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms: Ms | None = None
         self._freezer: asyncio.TimerHandle | None = None
@@ -281,7 +283,7 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: list[Any]) -> None:
+    def _submit(self, changes: Sequence[Change]) -> None:
         started = time.perf_counter()
         commit = asyncio.wrap_future(self._journal.submit(changes))
         self._commit = commit
@@ -290,9 +292,19 @@ class BrokerService:
             error = None if finished.cancelled() else finished.exception()
             if error is not None:
                 self.log.error("journal_failed", detail=str(error))
+            elif self._journal.fresh_files != self._fresh_files:
+                self._fill_fresh_file()
             self._observer.committed(time.perf_counter() - started)
 
         commit.add_done_callback(done)
+
+    def _fill_fresh_file(self) -> None:
+        """The journal goes on in a file that knows nothing of what lives: write all of it."""
+        self._fresh_files = self._journal.fresh_files
+        leases = [LeaseStored(lease=lease) for lease in self.core.leases()]
+        drains = [DrainFlag(view.spec.engine_id, view.draining) for view in self.core.engines()]
+        self.log.warning("journal_rewritten", leases=len(leases))
+        self._submit([*leases, *drains])
 
     def _arm_timer(self) -> None:
         deadline_ms = self.core.next_deadline_ms()
