@@ -324,3 +324,5 @@ class Problem(_Wire):
     code: str
     retry_after_ms: int | None = None
     decision: DecisionInfo | None = None
+    leader_url: str | None = None
+    """With `not_leader`: where the leading broker answers, when it is known."""

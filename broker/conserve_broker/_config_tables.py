@@ -126,7 +126,7 @@ class StoreTable(Table):
     )
     """How long one call to the store may take, in milliseconds; default: a third of `lock_ttl_ms`, at most 1000."""
     advertise_url: str = ""
-    """Where clients reach this broker, told by the other replicas; default: from `[listen]`, unless it is a wildcard."""
+    """Where clients reach this broker, as the other replicas tell them; default: from `[listen]` unless a wildcard."""
 
     @field_validator("url")
     @classmethod

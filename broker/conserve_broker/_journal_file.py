@@ -52,6 +52,10 @@ class JournalError(Exception):
         self.damaged = damaged
 
 
+class Fenced(JournalError):  # noqa: N818  # says what happened, like the store's own word
+    """Another broker leads, or nobody does: what this one wanted to write was refused."""
+
+
 class RowStore(Protocol):
     """Where rows are kept; one thread at a time uses it. `JournalError` is what its methods raise."""
 

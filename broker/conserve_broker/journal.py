@@ -114,12 +114,19 @@ class Journal:
         file: where the rows are kept; None when it cannot be opened yet.
         reopen: opens it anew after damage; None: never.
         failure: why there is no file.
+        recovery: what `load` gives back, where it is known already; None: `load` reads the file.
     """
 
     def __init__(
-        self, file: RowStore | None, *, reopen: Callable[[], RowStore] | None = None, failure: str = ""
+        self,
+        file: RowStore | None,
+        *,
+        reopen: Callable[[], RowStore] | None = None,
+        failure: str = "",
+        recovery: Recovery | None = None,
     ) -> None:
         self._file = file
+        self._recovery = recovery
         self._reopen = reopen
         self._fresh_files = 0
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -173,7 +180,8 @@ class Journal:
         if self._file is None:
             self._start_writer()  # it looks for the file
             return Recovery()
-        return read_recovery(self._file)
+        recovery, self._recovery = self._recovery, None
+        return recovery or read_recovery(self._file)
 
     def _start_writer(self) -> None:
         if not self._writer_started:
@@ -264,7 +272,6 @@ class Journal:
                 job.done.set_result(None)
             else:
                 job.done.set_exception(error)
-
 
     def _opened(self) -> RowStore:
         if self._file is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -17,19 +17,15 @@ from typing import Any, cast
 from conserve_broker import _store_scripts
 from conserve_broker._config_errors import ConfigProblem
 from conserve_broker._config_tables import StoreTable, without_password
-from conserve_broker._journal_file import JournalError
+from conserve_broker._journal_file import Fenced, JournalError
 
-__all__ = ["Claim", "Fenced", "LeaderRows", "LogPosition", "RedisStore"]
+__all__ = ["Claim", "LeaderRows", "LogPosition", "RedisStore"]
 
 _LOG_MAX = 10_000
 """Groups that a standby may be behind before it reads everything again."""
 _SCAN_COUNT = 2_000
 _FETCH_MAX = 5_000
 _NONCE_BYTES = 8
-
-
-class Fenced(JournalError):  # noqa: N818  # says what happened, like the store's own word
-    """Another broker leads, or nobody does: what this one wanted to write was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ class RedisStore:
             retry=Retry(NoBackoff(), 0),
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            single_connection_client=True,
+            max_connections=1,
         )
         tag = f"{{{settings.prefix}}}:"
         names = ("lock", "fence", "leases", "drains", "engines", "log", "seq")
@@ -245,11 +241,18 @@ class RedisStore:
 
 
 class LeaderRows:
-    """The rows as the leader of one claim writes them; a `RowStore` for `Journal`."""
+    """The rows as the leader of one claim writes them; a `RowStore` for `Journal`.
 
-    def __init__(self, store: RedisStore, claim: Claim) -> None:
+    Args:
+        store: a connection of its own.
+        claim: the lock under which it writes.
+        fenced: called, in the writer's thread, when the store refuses the claim.
+    """
+
+    def __init__(self, store: RedisStore, claim: Claim, *, fenced: Callable[[], None]) -> None:
         self._store = store
         self._claim = claim
+        self._fenced = fenced
 
     def rows(self) -> Sequence[str]:
         """Every lease's row, ordered by id."""
@@ -271,7 +274,11 @@ class LeaderRows:
         engines: Mapping[str, str | None],
     ) -> None:
         """One fenced group; see `RedisStore.write`."""
-        self._store.write(self._claim, leases, drains, engines)
+        try:
+            self._store.write(self._claim, leases, drains, engines)
+        except Fenced:
+            self._fenced()
+            raise
 
     def close(self) -> None:
         """Close the connection."""
@@ -297,22 +304,21 @@ def _entries(answer: Any, log: str) -> list[tuple[str, dict[str, str]]]:
     return list(answer[0][1])
 
 
+_REMEDIES = {
+    "OutOfMemoryError": "has no memory left; raise its maxmemory (with policy noeviction) or remove other data",
+    "ReadOnlyError": "is a read-only replica; name the primary in store.url",
+    "AuthenticationError": "refuses the password of store.url, or wants one; correct it",
+    "AuthenticationWrongNumberOfArgsError": "refuses the password of store.url, or wants one; correct it",
+    "NoPermissionError": "does not allow what the broker needs; grant the user of store.url every command on its keys",
+    "BusyLoadingError": "is still loading its data; it will answer soon",
+    "ConnectionError": "does not answer; is it running, and is store.url right?",
+    "TimeoutError": "does not answer; is it running, and is store.url right?",
+}
+"""By the name of redis-py's exception."""
+
+
 def _remedy(error: Exception, text: str) -> str:
-    words = {
-        "OOM": "has no memory left; raise its maxmemory (with policy noeviction) or remove other data",
-        "MISCONF": "cannot write to its disk; free some space there",
-        "READONLY": "is a read-only replica; name the primary in store.url",
-        "NOAUTH": "wants a password; put it into store.url",
-        "WRONGPASS": "refuses the password of store.url; correct it",
-        "NOPERM": "does not allow what the broker needs; grant the user of store.url every command on its keys",
-        "LOADING": "is still loading its data; it will answer soon",
-    }
-    for word, remedy in words.items():
-        if text.startswith(word) or f" {word} " in text:
-            return remedy
-    kind = type(error).__name__
-    if kind in {"ConnectionError", "TimeoutError"}:
-        return "does not answer; is it running, and is store.url right?"
-    if kind == "AuthenticationError":
-        return "refuses the password of store.url; correct it"
-    return "failed; look into its log"
+    if "MISCONF" in text:
+        return "cannot write to its disk; free some space there"
+    kinds = (kind.__name__ for kind in type(error).__mro__)
+    return next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), "failed; look into its log")

@@ -53,10 +53,12 @@ class Readiness:
     Attributes:
         reasons: why not; empty when ready.
         warnings: what somebody should look at all the same.
+        role: `alone`, or `leader` or `standby` among replicas.
     """
 
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    role: str = "alone"
 
     @property
     def ready(self) -> bool:
@@ -148,29 +150,31 @@ class BrokerService:
         self._freezer: asyncio.TimerHandle | None = None
         self._freeze_gc = freeze_gc
         self._stopping = False
-        self.reload_problem: Callable[[], str] = str
-        """Why the last change of the configuration file was not taken over; empty when it was."""
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, *, more_engines: Callable[[Sequence[str]], Sequence[EngineSpec]] | None = None) -> None:
         """Recover from the journal and take the engines over.
+
+        Args:
+            more_engines: makes engines of the rows that the journal keeps of those that no file names.
 
         Raises:
             JournalError: the journal cannot be read.
         """
         recovery = await asyncio.to_thread(self._journal.load)
+        engines = self._engines if more_engines is None else (*self._engines, *more_engines(recovery.engines))
         for lease in recovery.leases:
             self.clock.not_before(lease.granted_at_ms)
         now_ms = self.clock.now_ms()
-        configured = {spec.engine_id for spec in self._engines}
+        configured = {spec.engine_id for spec in engines}
         gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
         self.feed(
             Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
             *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
             *(
                 EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
-                for spec in self._engines
+                for spec in engines
             ),
         )
         self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
@@ -186,6 +190,8 @@ class BrokerService:
             if not future.done():  # cancelled this instant: its owner has not come round to `cancel` yet
                 future.set_result(_Settled(shutting_down(), None))
         self._waiters.clear()
+        if self._freeze_gc:
+            gc.unfreeze()  # among replicas the process lives on without these leases
 
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
@@ -214,7 +220,7 @@ class BrokerService:
             reasons.append(f"no new leases: {self._journal.failure}")
         if all(view.state is not EngineState.READY for view in self.core.engines()):
             reasons.append("no engine is ready: see /v1/engines")
-        return Readiness(reasons=tuple(reasons), warnings=tuple(filter(None, [self.reload_problem()])))
+        return Readiness(reasons=tuple(reasons))
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -264,6 +270,11 @@ class BrokerService:
         return reply
 
     # ---- inside -------------------------------------------------------------------------------------------------
+
+    def write(self, *changes: Change) -> None:
+        """Have the journal keep what the core does not know of (engines that no file names)."""
+        if not self._stopping:
+            self._submit(changes)
 
     def _carry_out(self, outcome: Outcome) -> asyncio.Future[None] | None:
         """Submit the changes, settle those who waited, arm the timer. Returns the commit that answers depend on."""

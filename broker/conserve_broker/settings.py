@@ -25,6 +25,7 @@ from conserve_broker._config_tables import (
     ListenTable,
     PlacementTable,
     ScrapeTable,
+    StoreTable,
     Table,
     TokenKeyTable,
     TokenTable,
@@ -45,6 +46,7 @@ __all__ = [
     "ListenTable",
     "PlacementTable",
     "ScrapeTable",
+    "StoreTable",
     "TokenTable",
     "load_config",
 ]
@@ -60,6 +62,7 @@ class BrokerConfig(Table):
     placement: PlacementTable = PlacementTable()
     admission: AdmissionTable = AdmissionTable()
     journal: JournalTable = JournalTable()
+    store: StoreTable = Field(default_factory=StoreTable)
     token: TokenTable = TokenTable()
     scrape: ScrapeTable = ScrapeTable()
     engine: tuple[EngineTable, ...] = ()
@@ -117,6 +120,15 @@ class BrokerConfig(Table):
             ConfigProblem: a secret is missing, too short or unreadable.
         """
         return signing_keys.resolve(self.token.keys, journal_path=self.journal.path, create=create)
+
+    def advertised_url(self, *, port: int) -> str:
+        """Where clients reach this broker on that port as far as its configuration tells; empty when it does not."""
+        if self.store.advertise_url:
+            return self.store.advertise_url
+        host = self.listen.host
+        if host in {"0.0.0.0", "::"}:  # noqa: S104  # asked about, not bound
+            return ""
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def printable(self) -> dict[str, Any]:
         """The merged configuration as plain data with secrets hidden."""
@@ -200,6 +212,7 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "placement": PlacementTable,
         "admission": AdmissionTable,
         "journal": JournalTable,
+        "store": StoreTable,
         "token": TokenTable,
         "token.keys": TokenKeyTable,
         "scrape": ScrapeTable,
