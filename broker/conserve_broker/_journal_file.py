@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,17 +22,20 @@ _SCHEMA = f"""
 CREATE TABLE lease (lease_id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE proof (block BLOB NOT NULL);
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 _UPGRADES = {
     1: f"""
 CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE proof (block BLOB NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """,
 }
 """What turns an older format into this one, by its version; older brokers then refuse the file."""
 _MOVE_AWAY = "move it away to start with an empty one"
+_PROOF_BYTES = 64 * 1024
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT})
 _PASSING = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}) | _DAMAGED
 
@@ -75,6 +78,9 @@ class RowStore(Protocol):
         engines: Mapping[str, str | None],
     ) -> None:
         """One durable transaction: rows to store (None: delete) and drain flags to set or clear."""
+
+    def prove(self) -> None:
+        """After a failure: show that there is room again for more than the deletion that just went through."""
 
     def close(self) -> None:
         """Give it back."""
@@ -192,15 +198,32 @@ class JournalFile:
         Raises:
             JournalError: nothing of it was written.
         """
-        execute, executemany = self._db.execute, self._db.executemany
-        try:
-            execute("BEGIN IMMEDIATE")
+        executemany = self._db.executemany
+        with self._transaction():
             executemany("INSERT OR REPLACE INTO lease VALUES (?, ?)", _stored(leases))
             executemany("DELETE FROM lease WHERE lease_id = ?", _dropped(leases))
             executemany("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines))
             executemany("DELETE FROM engine WHERE engine_id = ?", _dropped(engines))
             executemany("INSERT OR IGNORE INTO drain VALUES (?)", [(engine,) for engine, on in drains.items() if on])
             executemany("DELETE FROM drain WHERE engine_id = ?", [(engine,) for engine, on in drains.items() if not on])
+
+    def prove(self) -> None:
+        """Write a block and take it away again.
+
+        Raises:
+            JournalError: there is no room for it.
+        """
+        with self._transaction():
+            self._db.execute("INSERT INTO proof VALUES (zeroblob(?))", (_PROOF_BYTES,))
+        with self._transaction():
+            self._db.execute("DELETE FROM proof")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        execute = self._db.execute
+        try:
+            execute("BEGIN IMMEDIATE")
+            yield
             execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:

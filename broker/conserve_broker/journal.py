@@ -226,7 +226,7 @@ class Journal:
     def _write_groups(self) -> None:
         while True:
             jobs, last = self._next_group()
-            if jobs or self._pending or self._file is None:
+            if jobs or self._unsettled():
                 self._commit(jobs)
             if last:
                 return
@@ -235,7 +235,7 @@ class Journal:
         """Everything that is queued, after waiting for the first; True when the journal is closing."""
         jobs: list[_Job] = []
         try:
-            job = self._queue.get(timeout=_RETRY_S if self._pending or self._file is None else None)
+            job = self._queue.get(timeout=_RETRY_S if self._unsettled() else None)
             while job is not None:
                 jobs.append(job)
                 if len(jobs) >= _GROUP_MAX:
@@ -265,13 +265,27 @@ class Journal:
                 self._failure = str(error)
                 self._pending = _Pending()
             else:
-                self._failure = ""
                 self._pending = _Pending()
+                self._settle()
         for job in jobs:
             if error is None:
                 job.done.set_result(None)
             else:
                 job.done.set_exception(error)
+
+    def _unsettled(self) -> bool:
+        return bool(self._pending or self._failure or self._file is None)
+
+    def _settle(self) -> None:
+        """A write went through. After a failure that may have been a deletion for which there is always room."""
+        if not self._failure:
+            return
+        try:
+            self._opened().prove()
+        except JournalError as error:
+            self._failure = str(error)
+        else:
+            self._failure = ""
 
     def _opened(self) -> RowStore:
         if self._file is None:

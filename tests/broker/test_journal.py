@@ -369,7 +369,7 @@ class TestForeignFiles:
         write(journal, stored(1))
         journal.close()
         older = sqlite3.connect(path)
-        older.executescript("DROP TABLE engine; PRAGMA user_version = 1;")
+        older.executescript("DROP TABLE engine; DROP TABLE proof; PRAGMA user_version = 1;")
         older.close()
         journal = Journal.open(path)
         assert journal.load().leases == (lease(1),)
