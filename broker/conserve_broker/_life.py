@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import threading
@@ -102,6 +103,8 @@ class Life:
 
     def run(self, on_started: Callable[[], None]) -> None:
         """Live until `stop`, `kill` or a signal; raises what ended the life, if anything did."""
+        if self._freeze_gc:
+            gc.collect()  # what the imports left behind; later, only what is new needs a look
         with asyncio.Runner(loop_factory=self._uvicorn.get_loop_factory()) as runner:
             runner.run(self._main(on_started))
         if self._fault is not None:
@@ -287,6 +290,7 @@ class _Server(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._before_shutdown = before_shutdown
+        self._ending: asyncio.Future[None] | None = None
         self._on_started = on_started
 
     @contextmanager
@@ -306,6 +310,12 @@ class _Server(uvicorn.Server):
 
     def _signalled(self) -> None:
         self.should_exit = True
+        self._begin_to_end()  # uvicorn looks only ten times a second, and a standby waits for us
+
+    def _begin_to_end(self) -> asyncio.Future[None]:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._before_shutdown())
+        return self._ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -313,7 +323,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
-            await self._before_shutdown()
+            await self._begin_to_end()
         await super().shutdown(sockets=sockets)
 
     def break_connections(self) -> None:

@@ -179,8 +179,8 @@ class BrokerService:
         )
         self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
         if self._freeze_gc:
-            gc.collect()
-            self._freeze()
+            gc.freeze()  # without a collection: it would walk every lease, while callers wait for a new leader
+            self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
 
     def quiesce(self) -> None:
         """Take no more requests and events, and answer everybody who waits. Safe to call twice."""

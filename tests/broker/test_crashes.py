@@ -42,7 +42,7 @@ def test_fifteen_lives(tmp_path: Path, fleet: EmulatedFleet) -> None:
             until(lambda: broker.readyz()["ready"], what="readiness")
             load = Load(broker.url, prefix=f"life-{life}").start()
             try:
-                until(lambda: load.grants > 0, what="a grant")
+                until(lambda load=load: load.grants > 0, what="a grant")
                 time.sleep(chance.uniform(0.0, 0.4))  # the instant of death; nothing depends on how much was done
                 broker.kill()
             finally:
