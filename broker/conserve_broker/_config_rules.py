@@ -16,6 +16,7 @@ from conserve_broker._config_tables import (
     StoreTable,
     TokenTable,
 )
+from conserve_broker._discovery_tables import DiscoveryTable, RegistrationTable
 from conserve_sdk.tokens import SECRET_BYTES_MIN
 
 
@@ -32,6 +33,10 @@ class Tables(Protocol):
     def journal(self) -> JournalTable: ...
     @property
     def store(self) -> StoreTable: ...
+    @property
+    def discovery(self) -> DiscoveryTable: ...
+    @property
+    def registration(self) -> RegistrationTable: ...
     @property
     def token(self) -> TokenTable: ...
     @property
@@ -57,7 +62,7 @@ def errors(config: Tables) -> list[str]:
 def warnings(config: Tables) -> list[str]:
     """What works, but probably not as meant."""
     lines: list[str] = []
-    if not config.engine:
+    if not config.engine and not _more_engines(config):
         lines.append(
             "engine: none is configured, so every request is refused; add [[engine]] tables (read while running)"
         )
@@ -127,7 +132,14 @@ def _block_size(engine: EngineTable) -> str:
     return str(engine.block_size_tokens or "")
 
 
+def _more_engines(config: Tables) -> bool:
+    """Whether engines may come from elsewhere, so that what the file lacks is no mistake."""
+    return bool(config.discovery.dns or config.registration.allow)
+
+
 def _models(config: Tables) -> Iterator[str]:
+    if _more_engines(config):
+        return
     models: dict[str, list[EngineTable]] = defaultdict(list)
     for engine in config.engine:
         models[engine.model].append(engine)

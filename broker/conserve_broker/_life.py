@@ -18,11 +18,14 @@ import uvicorn
 
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
+from conserve_broker.dns_discovery import DnsWatcher
 from conserve_broker.front import Front
 from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
+from conserve_broker.membership import Membership
 from conserve_broker.metrics import BrokerMetrics
 from conserve_broker.redis_store import RedisStore
+from conserve_broker.registration import registration_routes
 from conserve_broker.reload import ConfigWatcher, FleetEvent
 from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
@@ -80,12 +83,18 @@ class Life:
         self._clock = BrokerClock()
         self._metrics = BrokerMetrics()
         self._watcher: ConfigWatcher | None = None
+        self._dns: DnsWatcher | None = None
+        self._membership: Membership | None = None
         self._replica = None if journal is not None else self._new_replica()
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
-            create_app(self.front, metrics=self._metrics),
+            create_app(
+                self.front,
+                metrics=self._metrics,
+                more_routes=registration_routes(config.registration, self._members),
+            ),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -128,12 +137,22 @@ class Life:
                 Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms)
             )
             scraper.configure(self._config.engine_configs())
+            self._membership = Membership(
+                self._config.engine_configs(),
+                watch=scraper.configure,
+                now_ms=self._clock.now_ms,
+                grace_ms=self._config.lease.grace_ms,
+            )
             background = [asyncio.create_task(scraper.run(), name="scraper")]
             if self._config_path is not None:
-                self._watcher = self._new_watcher(self._config_path, scraper)
+                self._watcher = self._new_watcher(self._config_path)
                 background.append(asyncio.create_task(self._watcher.run(), name="config watcher"))
             if self._journal is not None:
                 await self._begin(self._journal)
+            background.append(asyncio.create_task(self._membership.run(), name="membership"))
+            if self._config.discovery.dns:
+                self._dns = DnsWatcher(self._config.discovery, found=self._membership.set_dns)
+                background.append(asyncio.create_task(self._dns.run(), name="discovery"))
             if self._replica is not None:
                 background.append(asyncio.create_task(self._follow_elections(), name="elections"))
                 self._replica.start()
@@ -148,7 +167,7 @@ class Life:
     async def _begin(self, journal: JournalPort) -> None:
         service = BrokerService(
             self._config.core_settings(),
-            engines=self._config.engine_configs(),
+            engines=(),
             signer=self._signer,
             journal=journal,
             grace_ms=self._config.lease.grace_ms,
@@ -157,7 +176,9 @@ class Life:
             log=self._log,
             freeze_gc=self._freeze_gc,
         )
-        await service.start()
+        members = self._members()
+        await service.start(more_engines=members.restore)
+        members.begin(service)
         now_ms = self._clock.now_ms()
         for seen in self._sightings.values():  # a standby has watched the engines, too
             if now_ms - seen.now_ms <= self._config.scrape.suspect_after_ms:
@@ -177,6 +198,7 @@ class Life:
 
     async def _step_down(self) -> None:
         service, self.front.service = self.front.service, None
+        self._members().end()
         if service is not None:
             service.quiesce()
             await asyncio.to_thread(service.abandon)
@@ -228,18 +250,20 @@ class Life:
         if self.front.service is not None:
             self.front.service.feed(event)
 
-    def _new_watcher(self, path: Path, scraper: Scraper) -> ConfigWatcher:
-        def apply(config: BrokerConfig, events: Sequence[FleetEvent]) -> None:
+    def _new_watcher(self, path: Path) -> ConfigWatcher:
+        def apply(config: BrokerConfig, _: Sequence[FleetEvent]) -> None:
             self._config = config
-            if self.front.service is not None:
-                self.front.service.feed(*events)
-            scraper.configure(config.engine_configs())
+            self._members().set_file(config.engine_configs())
 
         return ConfigWatcher(path, self._config, apply=apply, now_ms=self._clock.now_ms, overrides=self._overrides)
 
+    def _members(self) -> Membership:
+        assert self._membership is not None, "made at the start of the life"
+        return self._membership
+
     def _warnings(self) -> tuple[str, ...]:
         problem = "" if self._watcher is None else self._watcher.problem
-        return (problem,) if problem else ()
+        return (*filter(None, [problem]), *(() if self._dns is None else self._dns.problems))
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """A broker that no longer sees its engines must not go on as if it did."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
@@ -52,6 +52,7 @@ def create_app(
     *,
     metrics: BrokerMetrics | None = None,
     tenant_of: TenantOf | None = None,
+    more_routes: Sequence[Route[Any]] = (),
 ) -> FastAPI:
     """The ASGI application over a service.
 
@@ -59,6 +60,7 @@ def create_app(
         service: started and stopped by the caller.
         metrics: what `/metrics` shows.
         tenant_of: the tenant of a request; everybody is ``default`` without it.
+        more_routes: served beside those of the desk.
     """
     app = FastAPI(
         title="ConServe broker",
@@ -70,7 +72,7 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
     serve = _Server(service, tenant_of or (lambda _: TenantId("default")))
-    for route in ROUTES:
+    for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
     _add_probes(app, service, metrics)
     _say_problem_json(app)
@@ -154,7 +156,8 @@ def _fast_route(route: Route[Any], serve: Callable[[Route[Any], Request], Awaita
     usual, *others = route.statuses
     responses: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in _problem_statuses(route)}
     for status in others:
-        responses[status] = {"model": route.answer, "description": "The lease was live already"}
+        known = "It was not known before" if status == 201 else "The lease was live already"
+        responses[status] = {"model": route.answer, "description": known}
     return FastRoute(
         route.path,
         _documented(route),

@@ -31,6 +31,7 @@ from conserve_broker._config_tables import (
     TokenTable,
     to_ppm,
 )
+from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms
@@ -40,11 +41,13 @@ __all__ = [
     "AdmissionTable",
     "BrokerConfig",
     "ConfigProblem",
+    "DiscoveryTable",
     "EngineTable",
     "JournalTable",
     "LeaseTable",
     "ListenTable",
     "PlacementTable",
+    "RegistrationTable",
     "ScrapeTable",
     "StoreTable",
     "TokenTable",
@@ -65,6 +68,8 @@ class BrokerConfig(Table):
     store: StoreTable = Field(default_factory=StoreTable)
     token: TokenTable = TokenTable()
     scrape: ScrapeTable = ScrapeTable()
+    discovery: DiscoveryTable = DiscoveryTable()
+    registration: RegistrationTable = RegistrationTable()
     engine: tuple[EngineTable, ...] = ()
 
     @model_validator(mode="after")
@@ -216,6 +221,9 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "token": TokenTable,
         "token.keys": TokenKeyTable,
         "scrape": ScrapeTable,
+        "discovery": DiscoveryTable,
+        "discovery.dns": DnsTable,
+        "registration": RegistrationTable,
         "engine": EngineTable,
     }
     known = {name: tuple(table.model_fields) for name, table in tables.items()}
