@@ -13,7 +13,7 @@ from conserve_broker._url_guard import UrlGuard
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig, ConfigProblem
 from conserve_lab.emulator import EmulatedFleet, default_fleet
-from conserve_sdk.protocol import EngineInfo, Problem
+from conserve_sdk.protocol import EngineInfo, LeaseGrant, Problem
 
 from .broker_process import BrokerProcess, until
 from .dns_server import DnsServer
@@ -331,3 +331,31 @@ class TestGuard:
 
     def test_an_empty_list_allows_nothing(self) -> None:
         assert not UrlGuard([]).allows("http://10.0.0.1")
+
+
+# ---- slow is not dead -------------------------------------------------------------------------------------------
+
+
+def test_a_slow_engine_keeps_its_leases(start: Start, page_engines: Callable[[], Any]) -> None:
+    """Its scrapes time out for a while: it is suspect and gets no new lease, but what it holds lives on."""
+    slow, other = page_engines(), page_engines()
+    keys = {"role": "both", "model": "conserve-tiny", "connector": "none"}
+    quick = {**QUICK, "gone_after_ms": 60_000}
+    engines = [{"id": "slow", "url": slow.url, **keys}, {"id": "zz", "url": other.url, **keys}]
+    broker = start(engine=engines, scrape=quick)
+    until(lambda: broker.engines() == {"slow": "ready", "zz": "ready"}, what="the engines")
+    body = {"lineage": "main", "model": "conserve-tiny", "first_turn_input_tokens": 10}
+
+    def grant(name: str) -> LeaseGrant:
+        response = httpx2.post(f"{broker.url}/v1/leases", json={**body, "conversation_id": name})
+        return LeaseGrant.model_validate_json(response.content)
+
+    held = next(found for found in map(grant, "abcdefgh") if found.decoder.engine_id == "slow")
+    slow.hang = True
+    until(lambda: broker.engines()["slow"] == "suspect", what="the suspicion")
+    assert {grant(name).decoder.engine_id for name in ("x", "y", "z")} == {"zz"}
+    assert broker.renew(held) == ["ok"]
+    slow.hang = False
+    until(lambda: broker.engines()["slow"] == "ready", what="the trust")
+    assert broker.renew(held) == ["ok"]
+    assert grant(held.conversation_id).lease_id == held.lease_id
