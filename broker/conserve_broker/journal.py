@@ -33,6 +33,7 @@ __all__ = [
     "MemoryJournal",
     "Recovery",
     "RowStore",
+    "collector_paused",
     "open_journal",
     "read_recovery",
 ]
@@ -378,7 +379,7 @@ def read_recovery(file: RowStore) -> Recovery:
         JournalError: it cannot be read or holds rows of an unknown form.
     """
     try:
-        with _collector_paused():
+        with collector_paused():
             leases = tuple([decode(row) for row in file.rows()])
     except ValueError as error:
         raise JournalError(f"journal: holds a row of an unknown form ({error}); move the file away") from error
@@ -387,7 +388,7 @@ def read_recovery(file: RowStore) -> Recovery:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Reading 100 000 leases makes only long-lived objects: a collection in between finds nothing."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from conserve_broker.clock import BrokerClock
-from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort
+from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
 from conserve_broker.logbook import Log, logger, write_decisions
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
@@ -169,14 +169,15 @@ class BrokerService:
         now_ms = self.clock.now_ms()
         configured = {spec.engine_id for spec in engines}
         gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
-        self.feed(
-            Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
-            *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
-            *(
-                EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
-                for spec in engines
-            ),
-        )
+        with collector_paused():
+            self.feed(
+                Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
+                *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
+                *(
+                    EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
+                    for spec in engines
+                ),
+            )
         self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
         if self._freeze_gc:
             gc.freeze()  # without a collection: it would walk every lease, while callers wait for a new leader

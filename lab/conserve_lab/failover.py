@@ -232,7 +232,7 @@ def _store(binary: str, folder: Path) -> Iterator[str]:
 
 def _fill(store: StoreTable, pattern: LeaseGrant, leases: int) -> None:
     """Write live leases on the pattern's decoder, as a leader would."""
-    connection = RedisStore(store)
+    connection = RedisStore(store.model_copy(update={"lock_ttl_ms": 60_000}))
     claim = connection.claim(url="", fence_floor=0)
     if not claim.won:
         raise TimeoutError("somebody else leads")
