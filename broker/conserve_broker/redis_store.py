@@ -192,6 +192,24 @@ class RedisStore:
             changed |= dict.fromkeys(json.loads(fields["ids"]))
         return position, list(changed)
 
+    def doubts(self) -> tuple[str, ...]:
+        """What in the server's own configuration may lose leases; nothing where it does not show it.
+
+        Raises:
+            JournalError: the store does not answer as it should.
+        """
+        self.position()
+        try:
+            found = cast("dict[str, str]", self._redis.config_get("*"))
+        except self._fault:
+            return ()  # managed servers keep their configuration to themselves
+        doubts = []
+        if found.get("appendonly") == "no":
+            doubts.append("store: has no append-only file, so its restart forgets every lease; set appendonly yes")
+        if found.get("maxmemory", "0") != "0" and found.get("maxmemory-policy") != "noeviction":
+            doubts.append("store: may throw leases away when memory is short; set maxmemory-policy noeviction")
+        return tuple(doubts)
+
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def write(

@@ -7,6 +7,7 @@ import pytest
 
 from conserve_broker._config_tables import StoreTable
 from conserve_broker._journal_file import Fenced, JournalError
+from conserve_broker.check import Report, check_config
 from conserve_broker.redis_store import Claim, LeaderRows, RedisStore
 
 from .broker_process import until
@@ -174,3 +175,35 @@ class TestFailures:
             with pytest.raises(JournalError, match="is a read-only replica; name the primary"):
                 store.claim(url="", fence_floor=0)
             store.close()
+
+
+class TestProbe:
+    """`conserve broker check-config --probe`."""
+
+    def check(self, folder: Path, url: str) -> Report:
+        path = folder / "broker.toml"
+        key = f'[[token.keys]]\nkid = "k"\nsecret = "{"s" * 32}"\n'
+        path.write_text(f'[store]\nkind = "redis"\nurl = "{url}"\n{key}')
+        return check_config(path, probe=True)
+
+    def test_a_good_store(self, tmp_path: Path, server: RedisServer) -> None:
+        report = self.check(tmp_path, server.url)
+        assert (report.exit_code, report.errors) == (0, ())
+        assert not [line for line in report.warnings if line.startswith("store")]
+
+    def test_one_that_forgets(self, tmp_path: Path) -> None:
+        with RedisServer(
+            tmp_path, "--appendonly", "no", "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"
+        ) as it:
+            report = self.check(tmp_path, it.url)
+        assert report.exit_code == 0
+        lines = [line for line in report.warnings if line.startswith("store")]
+        assert [line.split(";")[1].strip() for line in lines] == [
+            "set appendonly yes",
+            "set maxmemory-policy noeviction",
+        ]
+
+    def test_nobody_there(self, tmp_path: Path) -> None:
+        report = self.check(tmp_path, f"redis://127.0.0.1:{free_port()}/0")
+        assert report.exit_code == 2
+        assert "does not answer; is it running" in report.text()
