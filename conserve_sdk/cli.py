@@ -30,6 +30,8 @@ _SUMMARIES: Final = {
     "doctor": "check this installation, the broker and the engines",
     "emulate": "run an emulated vLLM fleet",
     "engines": "list, drain and undrain engines",
+    "drain": "give an engine no new leases; --wait for its last one to end",
+    "undrain": "let a drained engine take leases again",
     "explain": "show why a lease was placed where it is",
 }
 _EXTRAS: Final = {

@@ -264,6 +264,29 @@ class EngineInfo(_Wire):
     draining: bool = False
 
 
+class EngineRegistration(_Wire):
+    """Body of `PUT /v1/engines/{id}`: an engine announces itself, and repeats it before `ttl_ms` are over.
+
+    Attributes:
+        url: base URL without `/v1`, as the agents reach it; the broker's allow-list decides whether it may be.
+        connector: `none` for an engine started without `--kv-transfer-config`.
+        transfer_group, max_hold_ms: the broker's defaults for the connector when None.
+        ttl_ms: how long this word counts.
+    """
+
+    url: Annotated[str, Field(min_length=1, max_length=512)]
+    role: Literal["prefiller", "decoder", "both"]
+    model: Identifier
+    connector: Literal["nixl", "none"] = "nixl"
+    transfer_group: Annotated[str, Field(max_length=64)] | None = None
+    block_size_tokens: Annotated[int, Field(ge=0, le=65_536)] = 0
+    kv_capacity_tokens: TokenCount = 0
+    max_model_len_tokens: TokenCount = 0
+    max_hold_ms: Annotated[int, Field(ge=0, le=3_600_000)] | None = None
+    tier: Annotated[str, Field(max_length=64)] = ""
+    ttl_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 15_000
+
+
 class EngineList(_Wire):
     """Answer to `GET /v1/engines`, ordered by id."""
 
@@ -324,3 +347,5 @@ class Problem(_Wire):
     code: str
     retry_after_ms: int | None = None
     decision: DecisionInfo | None = None
+    leader_url: str | None = None
+    """With `not_leader`: where the leading broker answers, when it is known."""

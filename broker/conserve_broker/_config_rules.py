@@ -13,8 +13,10 @@ from conserve_broker._config_tables import (
     LeaseTable,
     PlacementTable,
     ScrapeTable,
+    StoreTable,
     TokenTable,
 )
+from conserve_broker._discovery_tables import DiscoveryTable, RegistrationTable
 from conserve_sdk.tokens import SECRET_BYTES_MIN
 
 
@@ -29,6 +31,12 @@ class Tables(Protocol):
     def admission(self) -> AdmissionTable: ...
     @property
     def journal(self) -> JournalTable: ...
+    @property
+    def store(self) -> StoreTable: ...
+    @property
+    def discovery(self) -> DiscoveryTable: ...
+    @property
+    def registration(self) -> RegistrationTable: ...
     @property
     def token(self) -> TokenTable: ...
     @property
@@ -45,6 +53,7 @@ def errors(config: Tables) -> list[str]:
         _transfer_groups,
         _models,
         _token_keys,
+        _store,
         _times,
     )
     return [line for rule in rules for line in rule(config)]
@@ -53,11 +62,11 @@ def errors(config: Tables) -> list[str]:
 def warnings(config: Tables) -> list[str]:
     """What works, but probably not as meant."""
     lines: list[str] = []
-    if not config.engine:
+    if not config.engine and not _more_engines(config):
         lines.append(
             "engine: none is configured, so every request is refused; add [[engine]] tables (read while running)"
         )
-    if not config.journal.path:
+    if config.store.kind == "sqlite" and not config.journal.path:
         lines.append("journal.path: empty, so a restart of the broker forgets every lease; set a file")
     lines += _hold_warnings(config)
     if config.lease.grace_ms < config.lease.ttl_ms // 2:
@@ -123,7 +132,14 @@ def _block_size(engine: EngineTable) -> str:
     return str(engine.block_size_tokens or "")
 
 
+def _more_engines(config: Tables) -> bool:
+    """Whether engines may come from elsewhere, so that what the file lacks is no mistake."""
+    return bool(config.discovery.dns or config.registration.allow)
+
+
 def _models(config: Tables) -> Iterator[str]:
+    if _more_engines(config):
+        return
     models: dict[str, list[EngineTable]] = defaultdict(list)
     for engine in config.engine:
         models[engine.model].append(engine)
@@ -162,6 +178,28 @@ def _token_keys(config: Tables) -> Iterator[str]:
                 f"token.keys.{key.kid}.secret: shorter than {SECRET_BYTES_MIN} bytes; make one with "
                 "`openssl rand -base64 48`"
             )
+
+
+def _store(config: Tables) -> Iterator[str]:
+    store = config.store
+    if store.kind == "sqlite":
+        if store.url:
+            yield "store.url: is not used with kind = 'sqlite'; set kind = 'redis', or remove the key"
+        return
+    if not store.url:
+        yield "store.url: is missing; with kind = 'redis' name the server, like 'redis://10.0.0.9:6379/0'"
+    if config.journal.path:
+        yield "journal.path: is not used with store.kind = 'redis'; remove the key"
+    if not config.token.keys:
+        yield (
+            "token.keys: replicas must sign with the same key, or each would refuse the others' tokens; add one "
+            "[[token.keys]] table with the same secret to all of them"
+        )
+    if 2 * store.timeout_ms > store.lock_ttl_ms:
+        yield (
+            f"store.timeout_ms: {store.timeout_ms} is above half of store.lock_ttl_ms ({store.lock_ttl_ms}), so one "
+            "slow answer would cost the leadership; lower it or raise lock_ttl_ms"
+        )
 
 
 def _times(config: Tables) -> Iterator[str]:

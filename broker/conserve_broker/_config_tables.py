@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator
 
 from conserve_sdk.core.events import EngineSpec, Role
 from conserve_sdk.core.settings import PRESETS, PlacementSettings
@@ -110,6 +110,41 @@ class JournalTable(Table):
     """SQLite file, relative to the configuration file; empty: memory only, a restart forgets every lease."""
 
 
+class StoreTable(Table):
+    """`[store]`: one broker with a file of its own, or several that share a Valkey or Redis server."""
+
+    kind: Literal["sqlite", "redis"] = "sqlite"
+    """`sqlite` (the file of `[journal]`, one broker) or `redis` (Valkey or Redis: one leads, the others stand by)."""
+    url: str = ""
+    """Where the store is: `redis://[:password@]host:port/db`, `rediss://` with TLS, or `unix:///path`."""
+    prefix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] = "conserve"
+    """Begins every key; one for each fleet that shares the server."""
+    lock_ttl_ms: Annotated[int, Field(ge=500, le=60_000)] = 3_000
+    """A leader that does not answer the store for this long is replaced, in milliseconds."""
+    timeout_ms: Annotated[int, Field(ge=100, le=30_000)] = Field(
+        default_factory=lambda table: max(100, min(1_000, table["lock_ttl_ms"] // 3))
+    )
+    """How long one call to the store may take, in milliseconds; default: a third of `lock_ttl_ms`, at most 1000."""
+    advertise_url: str = ""
+    """Where clients reach this broker, as the other replicas tell them; default: from `[listen]` unless a wildcard."""
+
+    @field_validator("url")
+    @classmethod
+    def _store_url(cls, url: str) -> str:
+        if url and urlsplit(url).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("must look like 'redis://10.0.0.9:6379/0', 'rediss://...' or 'unix:///run/redis.sock'")
+        return url
+
+    @field_validator("advertise_url")
+    @classmethod
+    def _own_url(cls, url: str) -> str:
+        return normalised_url(url) if url else url
+
+    @field_serializer("url")
+    def _hidden(self, url: str) -> str:
+        return without_password(url)
+
+
 class TokenKeyTable(Table):
     """`[[token.keys]]`: one key that signs lease tokens, given in exactly one of three ways."""
 
@@ -202,6 +237,13 @@ class EngineTable(Table):
             max_hold_ms=Ms(self.max_hold_ms),
             tier=self.tier,
         )
+
+
+def without_password(url: str) -> str:
+    """The URL of a store as it may be shown."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}").geturl() if at else url
 
 
 def to_ppm(ratio: float) -> Ppm:

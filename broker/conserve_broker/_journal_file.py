@@ -10,24 +10,80 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x436F5376
 """`CoSv` in the header of the file says whose it is."""
 
 _SCHEMA = f"""
 CREATE TABLE lease (lease_id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE proof (block BLOB NOT NULL);
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_UPGRADES = {
+    1: f"""
+CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE proof (block BLOB NOT NULL);
+PRAGMA user_version = {SCHEMA_VERSION};
+""",
+}
+"""What turns an older format into this one, by its version; older brokers then refuse the file."""
 _MOVE_AWAY = "move it away to start with an empty one"
+_PROOF_BYTES = 64 * 1024
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT})
+_PASSING = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}) | _DAMAGED
 
 
 class JournalError(Exception):
-    """The journal cannot be opened, read or written; the message says what to do."""
+    """The journal cannot be opened, read or written; the message says what to do.
+
+    Attributes:
+        passing: the disk is at fault and not the configuration, so it is worth serving without a journal until
+            somebody repairs it.
+        damaged: the file itself is beyond use; only another one helps.
+    """
+
+    def __init__(self, message: str, *, passing: bool = False, damaged: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
+        self.damaged = damaged
+
+
+class Fenced(JournalError):  # noqa: N818  # says what happened, like the store's own word
+    """Another broker leads, or nobody does: what this one wanted to write was refused."""
+
+
+class RowStore(Protocol):
+    """Where rows are kept; one thread at a time uses it. `JournalError` is what its methods raise."""
+
+    def rows(self) -> Sequence[str]:
+        """Every lease's row, ordered by id."""
+
+    def draining(self) -> Sequence[str]:
+        """Ids of the engines that were draining, ordered."""
+
+    def engines(self) -> Sequence[str]:
+        """Rows of the engines that no configuration file names, ordered by id."""
+
+    def write(
+        self,
+        leases: Mapping[str, str | None],
+        drains: Mapping[str, bool],
+        engines: Mapping[str, str | None],
+    ) -> None:
+        """One durable transaction: rows to store (None: delete) and drain flags to set or clear."""
+
+    def prove(self) -> None:
+        """After a failure: show that there is room again for more than the deletion that just went through."""
+
+    def close(self) -> None:
+        """Give it back."""
 
 
 class JournalFile:
@@ -63,27 +119,32 @@ class JournalFile:
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = FULL")
         execute("BEGIN EXCLUSIVE")  # takes the lock now, and proves that the file can be written
-        if self._is_empty():
-            for statement in filter(None, map(str.strip, _SCHEMA.split(";"))):
-                execute(statement)
+        script = _SCHEMA if self._is_empty() else _UPGRADES.get(self._version(), "")
+        for statement in filter(None, map(str.strip, script.split(";"))):
+            execute(statement)
         execute("COMMIT")
         verdict = execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
-            raise JournalError(f"journal {self._path}: is damaged ({verdict}); {_MOVE_AWAY}")
+            raise JournalError(
+                f"journal {self._path}: is damaged ({verdict}); {_MOVE_AWAY}", passing=True, damaged=True
+            )
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
     def _is_empty(self) -> bool:
         return self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
 
     def _check_owner(self) -> None:
         owner = self._db.execute("PRAGMA application_id").fetchone()[0]
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
         if owner == 0 and version == 0 and self._is_empty():
             return
         if owner != APPLICATION_ID:
             raise JournalError(
                 f"journal {self._path}: is an SQLite file of another program; name another file in [journal] path"
             )
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION and version not in _UPGRADES:
             raise JournalError(
                 f"journal {self._path}: was written by another version of ConServe (format {version}, this one reads "
                 f"{SCHEMA_VERSION}); start that version, or {_MOVE_AWAY}"
@@ -99,9 +160,14 @@ class JournalFile:
             sqlite3.SQLITE_CANTOPEN: "cannot be opened; make the file and its folder writable for the broker's user",
             sqlite3.SQLITE_PERM: "cannot be opened; make the file and its folder writable for the broker's user",
             sqlite3.SQLITE_FULL: "the disk is full; free some space",
-            sqlite3.SQLITE_IOERR: "the disk reports errors; check it",
+            sqlite3.SQLITE_IOERR: "cannot be written (disk full, over its quota, or failing); free some space or check "
+            "the disk",
         }
-        return JournalError(f"journal {self._path}: {remedies.get(code, 'failed; check file and disk')} ({error})")
+        return JournalError(
+            f"journal {self._path}: {remedies.get(code, 'failed; check file and disk')} ({error})",
+            passing=code in _PASSING,
+            damaged=code in _DAMAGED,
+        )
 
     def rows(self) -> Sequence[str]:
         """Every lease's row, ordered by id."""
@@ -111,27 +177,53 @@ class JournalFile:
         """Ids of the engines that were draining, ordered."""
         return [engine_id for (engine_id,) in self._read("SELECT engine_id FROM drain ORDER BY engine_id")]
 
+    def engines(self) -> Sequence[str]:
+        """Rows of the engines that no configuration file names, ordered by id."""
+        return [row for (row,) in self._read("SELECT row FROM engine ORDER BY engine_id")]
+
     def _read(self, query: str) -> list[tuple[str]]:
         try:
             return self._db.execute(query).fetchall()
         except sqlite3.Error as error:
             raise self._explained(error) from error
 
-    def write(self, leases: Mapping[str, str | None], drains: Mapping[str, bool]) -> None:
+    def write(
+        self,
+        leases: Mapping[str, str | None],
+        drains: Mapping[str, bool],
+        engines: Mapping[str, str | None],
+    ) -> None:
         """One durable transaction: rows to store (None: delete) and drain flags to set or clear.
 
         Raises:
             JournalError: nothing of it was written.
         """
-        execute, executemany = self._db.execute, self._db.executemany
-        stored = [(lease_id, row) for lease_id, row in leases.items() if row is not None]
-        dropped = [(lease_id,) for lease_id, row in leases.items() if row is None]
-        try:
-            execute("BEGIN IMMEDIATE")
-            executemany("INSERT OR REPLACE INTO lease VALUES (?, ?)", stored)
-            executemany("DELETE FROM lease WHERE lease_id = ?", dropped)
+        executemany = self._db.executemany
+        with self._transaction():
+            executemany("INSERT OR REPLACE INTO lease VALUES (?, ?)", _stored(leases))
+            executemany("DELETE FROM lease WHERE lease_id = ?", _dropped(leases))
+            executemany("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines))
+            executemany("DELETE FROM engine WHERE engine_id = ?", _dropped(engines))
             executemany("INSERT OR IGNORE INTO drain VALUES (?)", [(engine,) for engine, on in drains.items() if on])
             executemany("DELETE FROM drain WHERE engine_id = ?", [(engine,) for engine, on in drains.items() if not on])
+
+    def prove(self) -> None:
+        """Write a block and take it away again.
+
+        Raises:
+            JournalError: there is no room for it.
+        """
+        with self._transaction():
+            self._db.execute("INSERT INTO proof VALUES (zeroblob(?))", (_PROOF_BYTES,))
+        with self._transaction():
+            self._db.execute("DELETE FROM proof")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        execute = self._db.execute
+        try:
+            execute("BEGIN IMMEDIATE")
+            yield
             execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
@@ -142,3 +234,11 @@ class JournalFile:
     def close(self) -> None:
         """Give the file back; the WAL is folded into it."""
         self._db.close()
+
+
+def _stored(rows: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    return [(name, row) for name, row in rows.items() if row is not None]
+
+
+def _dropped(rows: Mapping[str, str | None]) -> list[tuple[str]]:
+    return [(name,) for name, row in rows.items() if row is None]

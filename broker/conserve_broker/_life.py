@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
 from conserve_broker.app import create_app
-from conserve_broker.journal import JournalPort
+from conserve_broker.clock import BrokerClock, ResponsiveLoop
+from conserve_broker.dns_discovery import DnsWatcher
+from conserve_broker.front import Front
+from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
+from conserve_broker.membership import Membership
 from conserve_broker.metrics import BrokerMetrics
+from conserve_broker.redis_store import RedisStore
+from conserve_broker.registration import registration_routes
 from conserve_broker.reload import ConfigWatcher, FleetEvent
+from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
+from conserve_sdk.core.events import EngineObserved, EngineUnreachable
+from conserve_sdk.core.units import EngineId
 from conserve_sdk.tokens import TokenSigner
 
 T = TypeVar("T")
@@ -35,10 +46,13 @@ _ASK_S = 60.0
 class Life:
     """Runs once, in the thread that calls `run`.
 
+    Attributes:
+        front: what requests are answered by; its service comes and goes with the leadership among replicas.
+
     Args:
         config: the whole configuration.
         listener: a bound socket; closed at the end.
-        journal: closed at the end.
+        journal: closed at the end; None: replicas share a store, and each leadership brings its journal.
         signer: of lease tokens.
         config_path: file to watch, or None.
         overrides: the command line's share of the configuration, for reloads.
@@ -51,7 +65,7 @@ class Life:
         config: BrokerConfig,
         *,
         listener: socket.socket,
-        journal: JournalPort,
+        journal: JournalPort | None,
         signer: TokenSigner,
         config_path: Path | None,
         overrides: Mapping[str, Any] | None,
@@ -60,22 +74,27 @@ class Life:
     ) -> None:
         self._config = config
         self._listener = listener
+        self._journal = journal
+        self._signer = signer
         self._config_path = config_path
         self._overrides = overrides
+        self._log = log
+        self._freeze_gc = freeze_gc
+        self._clock = BrokerClock()
         self._metrics = BrokerMetrics()
-        self.service = BrokerService(
-            config.core_settings(),
-            engines=config.engine_configs(),
-            signer=signer,
-            journal=journal,
-            grace_ms=config.lease.grace_ms,
-            observer=self._metrics,
-            log=log,
-            freeze_gc=freeze_gc,
-        )
-        self._metrics.watch(self.service.core, clock=self.service.clock)
+        self._watcher: ConfigWatcher | None = None
+        self._dns: DnsWatcher | None = None
+        self._membership: Membership | None = None
+        self._replica = None if journal is not None else self._new_replica()
+        self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
+        self._sightings: dict[EngineId, EngineObserved] = {}
+        self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
-            create_app(self.service, metrics=self._metrics),
+            create_app(
+                self.front,
+                metrics=self._metrics,
+                more_routes=registration_routes(config.registration, self._members),
+            ),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -93,6 +112,8 @@ class Life:
 
     def run(self, on_started: Callable[[], None]) -> None:
         """Live until `stop`, `kill` or a signal; raises what ended the life, if anything did."""
+        if self._freeze_gc:
+            gc.collect()  # what the imports left behind; later, only what is new needs a look
         with asyncio.Runner(loop_factory=self._uvicorn.get_loop_factory()) as runner:
             runner.run(self._main(on_started))
         if self._fault is not None:
@@ -111,41 +132,143 @@ class Life:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(self._listener.close)
-            stack.push_async_callback(self._end_service)
-            await self.service.start()
+            stack.push_async_callback(self._end)
             scraper = await stack.enter_async_context(
-                Scraper(self._config.scrape, emit=self.service.feed, now_ms=self.service.clock.now_ms)
+                Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms)
             )
             scraper.configure(self._config.engine_configs())
+            self._membership = Membership(
+                self._config.engine_configs(),
+                watch=scraper.configure,
+                now_ms=self._clock.now_ms,
+                grace_ms=self._config.lease.grace_ms,
+            )
             background = [asyncio.create_task(scraper.run(), name="scraper")]
             if self._config_path is not None:
-                watcher = self._watcher(self._config_path, scraper)
-                background.append(asyncio.create_task(watcher.run(), name="config watcher"))
+                self._watcher = self._new_watcher(self._config_path)
+                background.append(asyncio.create_task(self._watcher.run(), name="config watcher"))
+            if self._journal is not None:
+                await self._begin(self._journal)
+            background.append(asyncio.create_task(self._membership.run(), name="membership"))
+            if self._config.discovery.dns:
+                self._dns = DnsWatcher(self._config.discovery, found=self._membership.set_dns)
+                background.append(asyncio.create_task(self._dns.run(), name="discovery"))
+            if self._replica is not None:
+                background.append(asyncio.create_task(self._follow_elections(), name="elections"))
+                self._replica.start()
             stack.push_async_callback(_cancelled, background)
             for task in background:
                 task.add_done_callback(self._background_ended)
-            self._server = _Server(self._uvicorn, service=self.service, on_started=on_started)
+            self._server = _Server(self._uvicorn, before_shutdown=self._hand_over, on_started=on_started)
             await self._server.serve(sockets=[self._listener])
 
-    async def _end_service(self) -> None:
-        if not self._killed:
-            await self.service.stop()
+    # ---- deciding, for as long as this broker leads -----------------------------------------------------------
 
-    def _watcher(self, path: Path, scraper: Scraper) -> ConfigWatcher:
-        def apply(config: BrokerConfig, events: Sequence[FleetEvent]) -> None:
-            self.service.feed(*events)
-            scraper.configure(config.engine_configs())
-
-        watcher = ConfigWatcher(
-            path, self._config, apply=apply, now_ms=self.service.clock.now_ms, overrides=self._overrides
+    async def _begin(self, journal: JournalPort) -> None:
+        service = BrokerService(
+            self._config.core_settings(),
+            engines=(),
+            signer=self._signer,
+            journal=journal,
+            grace_ms=self._config.lease.grace_ms,
+            clock=self._clock,
+            observer=self._metrics,
+            log=self._log,
+            freeze_gc=self._freeze_gc,
         )
-        self.service.reload_problem = lambda: watcher.problem
-        return watcher
+        members = self._members()
+        await service.start(more_engines=members.restore)
+        members.begin(service)
+        now_ms = self._clock.now_ms()
+        for seen in self._sightings.values():  # a standby has watched the engines, too
+            if now_ms - seen.now_ms <= self._config.scrape.suspect_after_ms:
+                service.feed(replace(seen, now_ms=self._clock.now_ms()))
+        self._metrics.watch(service.core, clock=self._clock)
+        self.front.service = service
+
+    async def _follow_elections(self) -> None:
+        while True:
+            match await self._elections.get():
+                case str(reason):
+                    self._log.warning("broker_deposed", reason=reason)
+                    await self._step_down()
+                case journal:
+                    await self._begin(journal)
+                    self._log.info("broker_leads")
+
+    async def _step_down(self) -> None:
+        service, self.front.service = self.front.service, None
+        self._members().end()
+        if service is not None:
+            service.quiesce()
+            await asyncio.to_thread(service.abandon)
+
+    async def _hand_over(self) -> None:
+        """The end is near: answer who waits, write what is queued, and let the next leader begin at once."""
+        service = self.front.service
+        if service is not None:
+            service.quiesce()
+        if self._replica is not None:
+            if service is not None:
+                await service.stop()
+            await asyncio.to_thread(self._replica.stop)
+
+    async def _end(self) -> None:
+        if self._replica is not None:
+            await asyncio.to_thread(self._replica.stop, release=not self._killed)
+        service = self.front.service
+        if service is not None and not self._killed:
+            await service.stop()
+        elif service is None and self._journal is not None:
+            self._journal.close()
+
+    def _new_replica(self) -> Replica:
+        def tell(news: Journal | str) -> None:
+            assert self._loop is not None, "the life has started"
+            self._loop.call_soon_threadsafe(self._elections.put_nowait, news)
+
+        def ask(callback: Callable[[], None]) -> None:
+            assert self._loop is not None, "the life has started"
+            self._loop.call_soon_threadsafe(callback)
+
+        port = self._listener.getsockname()[1]
+        return Replica(
+            lambda: RedisStore(self._config.store),
+            url=self._config.advertised_url(port=port),
+            elected=lambda journal, _: tell(journal),
+            deposed=tell,
+            loop=ResponsiveLoop(ask),
+        )
+
+    # ---- what is seen -------------------------------------------------------------------------------------------
+
+    def _sighted(self, event: EngineObserved | EngineUnreachable) -> None:
+        if isinstance(event, EngineObserved):
+            self._sightings[event.engine_id] = event
+        else:
+            self._sightings.pop(event.engine_id, None)
+        if self.front.service is not None:
+            self.front.service.feed(event)
+
+    def _new_watcher(self, path: Path) -> ConfigWatcher:
+        def apply(config: BrokerConfig, _: Sequence[FleetEvent]) -> None:
+            self._config = config
+            self._members().set_file(config.engine_configs())
+
+        return ConfigWatcher(path, self._config, apply=apply, now_ms=self._clock.now_ms, overrides=self._overrides)
+
+    def _members(self) -> Membership:
+        assert self._membership is not None, "made at the start of the life"
+        return self._membership
+
+    def _warnings(self) -> tuple[str, ...]:
+        problem = "" if self._watcher is None else self._watcher.problem
+        return (*filter(None, [problem]), *(() if self._dns is None else self._dns.problems))
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """A broker that no longer sees its engines must not go on as if it did."""
         if not task.cancelled() and (fault := task.exception()) is not None and self._server is not None:
-            self.service.log.critical("broker_failed", task=task.get_name(), detail=repr(fault))
+            self._log.critical("broker_failed", task=task.get_name(), detail=repr(fault))
             self._fault = fault
             self._server.should_exit = True
 
@@ -175,15 +298,23 @@ class Life:
         assert self._server is not None, "the life has started"
         self._killed = True
         self._server.break_connections()
-        self.service.abandon()
+        if self.front.service is not None:
+            self.front.service.abandon()
 
 
 class _Server(uvicorn.Server):
     """Uvicorn, told when it serves, and not kept from stopping by requests that wait for admission."""
 
-    def __init__(self, config: uvicorn.Config, *, service: BrokerService, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        before_shutdown: Callable[[], Awaitable[None]],
+        on_started: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._service = service
+        self._before_shutdown = before_shutdown
+        self._ending: asyncio.Future[None] | None = None
         self._on_started = on_started
 
     @contextmanager
@@ -203,6 +334,12 @@ class _Server(uvicorn.Server):
 
     def _signalled(self) -> None:
         self.should_exit = True
+        self._begin_to_end()  # uvicorn looks only ten times a second, and a standby waits for us
+
+    def _begin_to_end(self) -> asyncio.Future[None]:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._before_shutdown())
+        return self._ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -210,7 +347,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
-            self._service.quiesce()
+            await self._begin_to_end()
         await super().shutdown(sockets=sockets)
 
     def break_connections(self) -> None:

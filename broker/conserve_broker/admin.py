@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import quote
@@ -14,12 +15,13 @@ from rich.text import Text
 
 from conserve_sdk.protocol import CandidateInfo, EngineInfo, EngineList, LeaseExplanation, Problem
 
-__all__ = ["DEFAULT_URL", "AdminError", "Command", "explain", "list_engines", "set_draining"]
+__all__ = ["DEFAULT_URL", "AdminError", "Command", "NoSuchEngineError", "explain", "list_engines", "set_draining"]
 
 DEFAULT_URL = "http://127.0.0.1:7070"
 Command = Callable[[], None]
 
 _TIMEOUT_S = 10.0
+_WAIT_POLL_S = 0.5
 _WIDE = 200
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -27,6 +29,10 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 class AdminError(Exception):
     """The broker cannot be asked or says no; one line that says what to do."""
+
+
+class NoSuchEngineError(AdminError):
+    """The broker knows no such engine (any more)."""
 
 
 def explain(broker_url: str, lease_id: str, *, as_json: bool) -> None:
@@ -57,14 +63,32 @@ def list_engines(broker_url: str, *, as_json: bool) -> None:
         _console().print(_engines(found.engines))
 
 
-def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bool) -> None:
+def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bool, wait: bool = False) -> None:
     """Drain or undrain an engine and print it.
+
+    Args:
+        broker_url: where the broker answers.
+        engine_id: which engine.
+        draining: True to drain.
+        as_json: print the engine as JSON at the end, and nothing else.
+        wait: come back when its last lease has ended, telling meanwhile how many are left.
 
     Raises:
         AdminError: unreachable broker, or no such engine.
     """
     verb = "drain" if draining else "undrain"
-    found = _ask("POST", broker_url, f"/v1/engines/{quote(engine_id, safe='')}/{verb}", EngineInfo)
+    path = f"/v1/engines/{quote(engine_id, safe='')}"
+    found = _ask("POST", broker_url, f"{path}/{verb}", EngineInfo)
+    told = -1
+    while wait and found.leases:
+        if not as_json and found.leases != told:
+            told = found.leases
+            _console().print(f"{engine_id}: {told} {'lease' if told == 1 else 'leases'} left")
+        time.sleep(_WAIT_POLL_S)
+        try:
+            found = _ask("GET", broker_url, path, EngineInfo)
+        except NoSuchEngineError:
+            found = found.model_copy(update={"leases": 0, "state": "gone"})
     if as_json:
         print_json(found)
     else:
@@ -98,7 +122,8 @@ def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answe
         raise AdminError(
             f"what answers at {broker_url} is no ConServe broker (status {response.status_code}): correct --broker"
         ) from fault
-    raise AdminError(f"{problem.detail} ({problem.code})")
+    kind = NoSuchEngineError if problem.code == "engine_unknown" else AdminError
+    raise kind(f"{problem.detail} ({problem.code})")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Header
 from fastapi.routing import APIRoute
@@ -20,12 +20,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from conserve_broker.metrics import METRICS_MEDIA_TYPE, BrokerMetrics
-from conserve_broker.service import BrokerService, Waiter
+from conserve_broker.service import Readiness, Waiter
 from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, no_route, too_large
 from conserve_sdk.core.units import TenantId
 from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_SCHEME, PROBLEM_MEDIA_TYPE, Problem
 
-__all__ = ["TenantOf", "create_app"]
+__all__ = ["Answering", "TenantOf", "create_app"]
+
+
+class Answering(Protocol):
+    """What answers the requests: a `BrokerService`, or the `Front` of a broker."""
+
+    async def handle(
+        self, route: Route[Any], *, tenant: TenantId, target: str = "", lease_token: str = "", raw: bytes = b""
+    ) -> Reply | Waiter:
+        """Serve one request: its answer, durable, or a waiter when it has to queue for admission."""
+
+    def readiness(self) -> Readiness:
+        """Whether new conversations can be served, and why not."""
+
 
 TenantOf = Callable[[Request], TenantId]
 """Decides for which tenant a request speaks."""
@@ -35,10 +48,11 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 def create_app(
-    service: BrokerService,
+    service: Answering,
     *,
     metrics: BrokerMetrics | None = None,
     tenant_of: TenantOf | None = None,
+    more_routes: Sequence[Route[Any]] = (),
 ) -> FastAPI:
     """The ASGI application over a service.
 
@@ -46,6 +60,7 @@ def create_app(
         service: started and stopped by the caller.
         metrics: what `/metrics` shows.
         tenant_of: the tenant of a request; everybody is ``default`` without it.
+        more_routes: served beside those of the desk.
     """
     app = FastAPI(
         title="ConServe broker",
@@ -57,7 +72,7 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
     serve = _Server(service, tenant_of or (lambda _: TenantId("default")))
-    for route in ROUTES:
+    for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
     _add_probes(app, service, metrics)
     _say_problem_json(app)
@@ -67,7 +82,7 @@ def create_app(
 class _Server:
     """Carries one request from Starlette to the service and back."""
 
-    def __init__(self, service: BrokerService, tenant_of: TenantOf) -> None:
+    def __init__(self, service: Answering, tenant_of: TenantOf) -> None:
         self._service = service
         self._tenant_of = tenant_of
 
@@ -141,7 +156,8 @@ def _fast_route(route: Route[Any], serve: Callable[[Route[Any], Request], Awaita
     usual, *others = route.statuses
     responses: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in _problem_statuses(route)}
     for status in others:
-        responses[status] = {"model": route.answer, "description": "The lease was live already"}
+        known = "It was not known before" if status == 201 else "The lease was live already"
+        responses[status] = {"model": route.answer, "description": known}
     return FastRoute(
         route.path,
         _documented(route),
@@ -215,7 +231,7 @@ def _as_problem(item: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 # ---- probes -----------------------------------------------------------------------------------------------------
 
 
-def _add_probes(app: FastAPI, service: BrokerService, metrics: BrokerMetrics | None) -> None:
+def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None) -> None:
     @app.get("/healthz", tags=["probes"], summary="The process answers")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -223,7 +239,7 @@ def _add_probes(app: FastAPI, service: BrokerService, metrics: BrokerMetrics | N
     @app.get("/readyz", tags=["probes"], summary="New conversations can be served")
     async def readyz() -> JSONResponse:
         state = service.readiness()
-        body = {"ready": state.ready, "reasons": state.reasons, "warnings": state.warnings}
+        body = {"ready": state.ready, "role": state.role, "reasons": state.reasons, "warnings": state.warnings}
         return JSONResponse(body, status_code=200 if state.ready else 503)
 
     if metrics is not None:

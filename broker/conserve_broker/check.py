@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import httpx2
 
 from conserve_broker import _engine_http
 from conserve_broker._engine_http import EngineTrouble
+from conserve_broker.journal import JournalError
 from conserve_broker.metrics_page import EngineMetrics
+from conserve_broker.redis_store import RedisStore
 from conserve_broker.settings import BrokerConfig, ConfigProblem, EngineTable, load_config
 
 __all__ = ["EngineFinding", "Report", "check_config"]
@@ -95,7 +98,22 @@ def check_config(
     except ConfigProblem as problem:
         return Report(path=str(path), config=None, errors=problem.problems, warnings=(), engines=())
     findings = asyncio.run(_probe(config, transport)) if probe else ()
-    return Report(path=str(path), config=config, errors=(), warnings=config.warnings(), engines=findings)
+    errors, doubts = _probe_store(config) if probe else ((), ())
+    warnings = config.warnings() + doubts
+    return Report(path=str(path), config=config, errors=errors, warnings=warnings, engines=findings)
+
+
+def _probe_store(config: BrokerConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is wrong with the store that replicas share, and what may be."""
+    if config.store.kind != "redis":
+        return (), ()
+    try:
+        with closing(RedisStore(config.store)) as store:
+            return (), store.doubts()
+    except JournalError as error:
+        return (str(error),), ()
+    except ConfigProblem as problem:
+        return problem.problems, ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The broker's commands: `conserve broker`, `conserve explain`, `conserve engines`.
+"""The broker's commands: `conserve broker`, `conserve explain`, `conserve engines`, `conserve drain` and `undrain`.
 
 Exit codes: 0 fine, 1 something failed (unreachable broker, unknown lease), 2 wrong usage or configuration.
 """
@@ -20,7 +20,7 @@ from conserve_broker.logbook import LOGGER_NAME
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import ConfigProblem, load_config
 
-__all__ = ["broker_main", "engines_main", "explain_main"]
+__all__ = ["broker_main", "drain_main", "engines_main", "explain_main", "undrain_main"]
 
 _FAILED = 1
 _WRONG_USAGE = 2
@@ -41,6 +41,8 @@ def _application(text: str) -> typer.Typer:
 broker_app = _application("Run the broker that hands out conversation leases.")
 explain_app = _application("Explain why a lease stands where it does.")
 engines_app = _application("List, drain and undrain engines.")
+drain_app = _application("Give an engine no new leases; those it has live on.")
+undrain_app = _application("Let a drained engine take leases again.")
 
 
 def broker_main(argv: Sequence[str]) -> int:
@@ -56,6 +58,16 @@ def explain_main(argv: Sequence[str]) -> int:
 def engines_main(argv: Sequence[str]) -> int:
     """`conserve engines list|drain|undrain [ENGINE]`."""
     return _run(engines_app, argv, name="conserve engines")
+
+
+def drain_main(argv: Sequence[str]) -> int:
+    """`conserve drain ENGINE [--wait]`, short for `conserve engines drain`."""
+    return _run(drain_app, argv, name="conserve drain")
+
+
+def undrain_main(argv: Sequence[str]) -> int:
+    """`conserve undrain ENGINE`, short for `conserve engines undrain`."""
+    return _run(undrain_app, argv, name="conserve undrain")
 
 
 def _run(app: typer.Typer, argv: Sequence[str], *, name: str) -> int:
@@ -148,12 +160,19 @@ def list_engines(broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False)
     _show(lambda: admin.list_engines(broker, as_json=as_json))
 
 
+Wait = Annotated[bool, typer.Option("--wait", help="Come back when its last lease has ended.")]
+
+
+@drain_app.command("drain")
 @engines_app.command()
-def drain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
+def drain(
+    engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, wait: Wait = False, as_json: AsJson = False
+) -> None:
     """Give an engine no new leases; those it has live on."""
-    _show(lambda: admin.set_draining(broker, engine, draining=True, as_json=as_json))
+    _show(lambda: admin.set_draining(broker, engine, draining=True, wait=wait, as_json=as_json))
 
 
+@undrain_app.command("undrain")
 @engines_app.command()
 def undrain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
     """Let a drained engine take leases again."""

@@ -10,20 +10,33 @@ from __future__ import annotations
 import gc
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from conserve_broker._journal_file import JournalError, JournalFile
+from conserve_broker._journal_file import JournalError, JournalFile, RowStore
 from conserve_broker._lease_codec import decode, encode
 from conserve_sdk.core.events import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.units import EngineId, LeaseId
 
-__all__ = ["DrainFlag", "Journal", "JournalError", "JournalPort", "MemoryJournal", "Recovery", "open_journal"]
+__all__ = [
+    "Change",
+    "DrainFlag",
+    "EngineRow",
+    "Journal",
+    "JournalError",
+    "JournalPort",
+    "MemoryJournal",
+    "Recovery",
+    "RowStore",
+    "collector_paused",
+    "open_journal",
+    "read_recovery",
+]
 
 _RETRY_S = 1.0
 _GROUP_MAX = 5_000
@@ -37,15 +50,25 @@ class DrainFlag:
     draining: bool
 
 
-Change = LeaseStored | LeaseDropped | DrainFlag
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """What is known of an engine that no configuration file names; None: it left."""
+
+    engine_id: EngineId
+    row: str | None
+
+
+Change = LeaseStored | LeaseDropped | DrainFlag | EngineRow
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """What was found at the start, ordered by id."""
 
-    leases: tuple[Lease, ...]
-    draining: tuple[EngineId, ...]
+    leases: tuple[Lease, ...] = ()
+    draining: tuple[EngineId, ...] = ()
+    engines: tuple[str, ...] = ()
+    """Rows of engines that no configuration file names."""
 
 
 class JournalPort(Protocol):
@@ -54,6 +77,10 @@ class JournalPort(Protocol):
     @property
     def failure(self) -> str:
         """Why the last write failed; empty when the journal is in order."""
+
+    @property
+    def fresh_files(self) -> int:
+        """How often a file was taken up that knows nothing of what lives, and wants to be told."""
 
     def load(self) -> Recovery:
         """Everything that is stored."""
@@ -81,14 +108,31 @@ class Journal:
     """A journal in one SQLite file. `submit` may be called from any thread.
 
     After a failed write (disk full, say) the changes are kept and tried again every second together with newer ones,
-    so that file and memory agree again as soon as the disk does.
+    so that file and memory agree again as soon as the disk does. A damaged file is given up: the journal looks every
+    second whether somebody put it away, and goes on with an empty one (see `fresh_files`).
+
+    Args:
+        file: where the rows are kept; None when it cannot be opened yet.
+        reopen: opens it anew after damage; None: never.
+        failure: why there is no file.
+        recovery: what `load` gives back, where it is known already; None: `load` reads the file.
     """
 
-    def __init__(self, file: JournalFile) -> None:
+    def __init__(
+        self,
+        file: RowStore | None,
+        *,
+        reopen: Callable[[], RowStore] | None = None,
+        failure: str = "",
+        recovery: Recovery | None = None,
+    ) -> None:
         self._file = file
+        self._recovery = recovery
+        self._reopen = reopen
+        self._fresh_files = 0
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending = _Pending()
-        self._failure = ""
+        self._failure = failure
         self._lock = threading.Lock()
         self._closed = False
         self._abandoned = False
@@ -99,15 +143,32 @@ class Journal:
     def open(cls, path: str | Path) -> Self:
         """Open or make the file and lock it.
 
+        A file that the disk is to blame for (damaged, read-only, no room) is no reason not to start: running
+        conversations live on by their tokens, and new leases wait for the file.
+
         Raises:
-            JournalError: it belongs to somebody else, is damaged, read-only, newer, or in use by another broker.
+            JournalError: it belongs to somebody else, is no journal, newer, or in use by another broker.
         """
-        return cls(JournalFile(Path(path)))
+
+        def reopen() -> RowStore:
+            return JournalFile(Path(path))
+
+        try:
+            return cls(reopen(), reopen=reopen)
+        except JournalError as error:
+            if not error.passing:
+                raise
+            return cls(None, reopen=reopen, failure=str(error))
 
     @property
     def failure(self) -> str:
         """Why the last write failed; empty when the journal is in order."""
         return self._failure
+
+    @property
+    def fresh_files(self) -> int:
+        """How often a file was taken up that knows nothing of what lives, and wants to be told."""
+        return self._fresh_files
 
     def load(self) -> Recovery:
         """Everything that is stored. Called once, before the first `submit`.
@@ -117,12 +178,16 @@ class Journal:
         """
         if self._writer_started:
             raise JournalError("journal: load() comes before the first submit()")
-        try:
-            with _collector_paused():
-                leases = tuple([decode(row) for row in self._file.rows()])
-        except ValueError as error:
-            raise JournalError(f"journal: holds a row of an unknown form ({error}); move the file away") from error
-        return Recovery(leases, tuple(EngineId(engine_id) for engine_id in self._file.draining()))
+        if self._file is None:
+            self._start_writer()  # it looks for the file
+            return Recovery()
+        recovery, self._recovery = self._recovery, None
+        return recovery or read_recovery(self._file)
+
+    def _start_writer(self) -> None:
+        if not self._writer_started:
+            self._writer_started = True
+            self._writer.start()
 
     def submit(self, changes: Sequence[Change]) -> Future[None]:
         """Make the changes durable, in order and all together; the future ends when they are.
@@ -135,9 +200,7 @@ class Journal:
             if self._closed:
                 done.set_exception(JournalError("journal: is closed"))
                 return done
-            if not self._writer_started:
-                self._writer_started = True
-                self._writer.start()
+            self._start_writer()
             self._queue.put(_Job(tuple(changes), done))
         return done
 
@@ -158,12 +221,13 @@ class Journal:
             self._queue.put(None)
         if self._writer_started:
             self._writer.join()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write_groups(self) -> None:
         while True:
             jobs, last = self._next_group()
-            if jobs or self._pending:
+            if jobs or self._unsettled():
                 self._commit(jobs)
             if last:
                 return
@@ -172,7 +236,7 @@ class Journal:
         """Everything that is queued, after waiting for the first; True when the journal is closing."""
         jobs: list[_Job] = []
         try:
-            job = self._queue.get(timeout=_RETRY_S if self._pending else None)
+            job = self._queue.get(timeout=_RETRY_S if self._unsettled() else None)
             while job is not None:
                 jobs.append(job)
                 if len(jobs) >= _GROUP_MAX:
@@ -190,37 +254,68 @@ class Journal:
             try:
                 for job in jobs:
                     self._pending.add(job.changes)
-                self._file.write(self._pending.leases, self._pending.drains)
+                self._opened().write(self._pending.leases, self._pending.drains, self._pending.engines)
             except JournalError as failure:
                 error = failure
                 self._failure = str(failure)
+                if failure.damaged and self._reopen is not None and self._file is not None:
+                    self._file.close()
+                    self._file = None
             except Exception as fault:  # noqa: BLE001  # whatever it is, the callers that wait must hear of it
                 error = JournalError(f"journal: a change could not be written and is left out ({fault!r})")
                 self._failure = str(error)
                 self._pending = _Pending()
             else:
-                self._failure = ""
                 self._pending = _Pending()
+                self._settle()
         for job in jobs:
             if error is None:
                 job.done.set_result(None)
             else:
                 job.done.set_exception(error)
 
+    def _unsettled(self) -> bool:
+        return bool(self._pending or self._failure or self._file is None)
+
+    def _settle(self) -> None:
+        """A write went through. After a failure that may have been a deletion for which there is always room."""
+        if not self._failure:
+            return
+        try:
+            self._opened().prove()
+        except JournalError as error:
+            self._failure = str(error)
+        else:
+            self._failure = ""
+
+    def _opened(self) -> RowStore:
+        if self._file is None:
+            assert self._reopen is not None, "only what can be opened again is ever given up"
+            file = self._reopen()
+            # What it holds was never read, so the leases in memory are the truth and these rows are not.
+            for lease in read_recovery(file).leases:
+                self._pending.leases.setdefault(lease.lease_id, None)
+            self._file = file
+            self._fresh_files += 1
+        return self._file
+
 
 class MemoryJournal:
     """The same without a file: a restart forgets everything, unless the object is handed on (tests)."""
 
     failure = ""
+    fresh_files = 0
 
     def __init__(self) -> None:
         self._leases: dict[LeaseId, Lease] = {}
         self._drains: dict[EngineId, bool] = {}
+        self._engines: dict[EngineId, str] = {}
 
     def load(self) -> Recovery:
         """Everything that was submitted so far."""
         draining = tuple(sorted(engine_id for engine_id, on in self._drains.items() if on))
-        return Recovery(tuple(self._leases[lease_id] for lease_id in sorted(self._leases)), draining)
+        engines = tuple(self._engines[engine_id] for engine_id in sorted(self._engines))
+        return Recovery(tuple(self._leases[lease_id] for lease_id in sorted(self._leases)), draining, engines)
 
     def submit(self, changes: Sequence[Change]) -> Future[None]:
         """Remember the changes; the future has ended already."""
@@ -232,6 +327,10 @@ class MemoryJournal:
                     self._leases.pop(lease.lease_id, None)
                 case DrainFlag(engine_id=engine_id, draining=draining):
                     self._drains[engine_id] = draining
+                case EngineRow(engine_id=engine_id, row=None):
+                    self._engines.pop(engine_id, None)
+                case EngineRow(engine_id=engine_id, row=str(row)):
+                    self._engines[engine_id] = row
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -255,9 +354,10 @@ class _Pending:
     def __init__(self) -> None:
         self.leases: dict[str, str | None] = {}
         self.drains: dict[str, bool] = {}
+        self.engines: dict[str, str | None] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.leases or self.drains)
+        return bool(self.leases or self.drains or self.engines)
 
     def add(self, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -268,10 +368,27 @@ class _Pending:
                     self.leases[lease.lease_id] = None
                 case DrainFlag(engine_id=engine_id, draining=draining):
                     self.drains[engine_id] = draining
+                case EngineRow(engine_id=engine_id, row=row):
+                    self.engines[engine_id] = row
+
+
+def read_recovery(file: RowStore) -> Recovery:
+    """Everything in a store, decoded.
+
+    Raises:
+        JournalError: it cannot be read or holds rows of an unknown form.
+    """
+    try:
+        with collector_paused():
+            leases = tuple([decode(row) for row in file.rows()])
+    except ValueError as error:
+        raise JournalError(f"journal: holds a row of an unknown form ({error}); move the file away") from error
+    draining = tuple(EngineId(engine_id) for engine_id in file.draining())
+    return Recovery(leases, draining, tuple(file.engines()))
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Reading 100 000 leases makes only long-lived objects: a collection in between finds nothing."""
     was_enabled = gc.isenabled()
     gc.disable()

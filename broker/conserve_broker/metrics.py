@@ -30,6 +30,7 @@ class BrokerMetrics(Observer):
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self._watched: _CoreState | None = None
         self._placement = Histogram(
             "conserve_placement_duration_seconds",
             "Time the desk and the core took to answer or queue one grant or supersede",
@@ -50,8 +51,11 @@ class BrokerMetrics(Observer):
         )
 
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
-        """Export this core's state from now on."""
-        self.registry.register(_CoreState(core, clock=clock))
+        """Export this core's state from now on, in place of an earlier one's."""
+        if self._watched is not None:
+            self.registry.unregister(self._watched)
+        self._watched = _CoreState(core, clock=clock)
+        self.registry.register(self._watched)
 
     def handled(self, route: str, seconds: float) -> None:
         """See `Observer.handled`."""

@@ -117,7 +117,7 @@ class BrokerServer:
         give_up = time.monotonic() + timeout_s
         while (ready := self._running().ask(_ready_engines)) < engines:
             if time.monotonic() > give_up:
-                reasons = "; ".join(self._running().ask(lambda life: life.service.readiness().reasons))
+                reasons = "; ".join(self._running().ask(lambda life: life.front.readiness().reasons))
                 detail = f"{ready} of {engines} engines are ready" + (f" ({reasons})" if reasons else "")
                 raise TimeoutError(f"the broker is not ready after {timeout_s:g} s: {detail}")
             time.sleep(_POLL_S)
@@ -141,21 +141,27 @@ class BrokerServer:
     def _new_life(self, *, freeze_gc: bool = False) -> Life:
         listener = _bound(self._host, self._port)
         try:
-            journal = self._given_journal or open_journal(self._config.journal.path)
+            life = Life(
+                self._config,
+                listener=listener,
+                journal=self._journal(),
+                signer=self._signer,
+                config_path=self._config_path,
+                overrides=self._overrides,
+                log=self._log,
+                freeze_gc=freeze_gc,
+            )
         except BaseException:
             listener.close()
             raise
         self._port = listener.getsockname()[1]
-        return Life(
-            self._config,
-            listener=listener,
-            journal=journal,
-            signer=self._signer,
-            config_path=self._config_path,
-            overrides=self._overrides,
-            log=self._log,
-            freeze_gc=freeze_gc,
-        )
+        return life
+
+    def _journal(self) -> JournalPort | None:
+        """Of a broker that is alone; None for one of several, which gets a journal whenever it leads."""
+        if self._given_journal is not None:
+            return self._given_journal
+        return None if self._config.store.kind == "redis" else open_journal(self._config.journal.path)
 
     def _running(self) -> Life:
         if self._life is None:
@@ -173,7 +179,8 @@ class BrokerServer:
 
 
 def _ready_engines(life: Life) -> int:
-    return sum(view.state is EngineState.READY for view in life.service.core.engines())
+    service = life.front.service
+    return 0 if service is None else sum(view.state is EngineState.READY for view in service.core.engines())
 
 
 def _bound(host: str, port: int) -> socket.socket:

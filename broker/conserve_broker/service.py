@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from conserve_broker.clock import BrokerClock
-from conserve_broker.journal import DrainFlag, JournalError, JournalPort
+from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
 from conserve_broker.logbook import Log, logger, write_decisions
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
@@ -30,6 +30,7 @@ from conserve_sdk.core.events import (
     EngineState,
     Event,
     LeaseReleased,
+    LeaseStored,
     Recovered,
     RequestCancelled,
     TimerFired,
@@ -52,10 +53,12 @@ class Readiness:
     Attributes:
         reasons: why not; empty when ready.
         warnings: what somebody should look at all the same.
+        role: `alone`, or `leader` or `standby` among replicas.
     """
 
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    role: str = "alone"
 
     @property
     def ready(self) -> bool:
@@ -141,40 +144,44 @@ class BrokerService:
         self._request_numbers = itertools.count(1)
         self._waiters: dict[RequestId, asyncio.Future[_Settled]] = {}
         self._commit: asyncio.Future[None] | None = None
+        self._fresh_files = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms: Ms | None = None
         self._freezer: asyncio.TimerHandle | None = None
         self._freeze_gc = freeze_gc
         self._stopping = False
-        self.reload_problem: Callable[[], str] = str
-        """Why the last change of the configuration file was not taken over; empty when it was."""
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, *, more_engines: Callable[[Sequence[str]], Sequence[EngineSpec]] | None = None) -> None:
         """Recover from the journal and take the engines over.
+
+        Args:
+            more_engines: makes engines of the rows that the journal keeps of those that no file names.
 
         Raises:
             JournalError: the journal cannot be read.
         """
         recovery = await asyncio.to_thread(self._journal.load)
+        engines = self._engines if more_engines is None else (*self._engines, *more_engines(recovery.engines))
         for lease in recovery.leases:
             self.clock.not_before(lease.granted_at_ms)
         now_ms = self.clock.now_ms()
-        configured = {spec.engine_id for spec in self._engines}
+        configured = {spec.engine_id for spec in engines}
         gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
-        self.feed(
-            Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
-            *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
-            *(
-                EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
-                for spec in self._engines
-            ),
-        )
+        with collector_paused():
+            self.feed(
+                Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
+                *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
+                *(
+                    EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
+                    for spec in engines
+                ),
+            )
         self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
         if self._freeze_gc:
-            gc.collect()
-            self._freeze()
+            gc.freeze()  # without a collection: it would walk every lease, while callers wait for a new leader
+            self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
 
     def quiesce(self) -> None:
         """Take no more requests and events, and answer everybody who waits. Safe to call twice."""
@@ -184,6 +191,8 @@ class BrokerService:
             if not future.done():  # cancelled this instant: its owner has not come round to `cancel` yet
                 future.set_result(_Settled(shutting_down(), None))
         self._waiters.clear()
+        if self._freeze_gc:
+            gc.unfreeze()  # among replicas the process lives on without these leases
 
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
@@ -212,7 +221,7 @@ class BrokerService:
             reasons.append(f"no new leases: {self._journal.failure}")
         if all(view.state is not EngineState.READY for view in self.core.engines()):
             reasons.append("no engine is ready: see /v1/engines")
-        return Readiness(reasons=tuple(reasons), warnings=tuple(filter(None, [self.reload_problem()])))
+        return Readiness(reasons=tuple(reasons))
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -263,6 +272,11 @@ class BrokerService:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
+    def write(self, *changes: Change) -> None:
+        """Have the journal keep what the core does not know of (engines that no file names)."""
+        if not self._stopping:
+            self._submit(changes)
+
     def _carry_out(self, outcome: Outcome) -> asyncio.Future[None] | None:
         """Submit the changes, settle those who waited, arm the timer. Returns the commit that answers depend on."""
         drains = [
@@ -281,7 +295,7 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: list[Any]) -> None:
+    def _submit(self, changes: Sequence[Change]) -> None:
         started = time.perf_counter()
         commit = asyncio.wrap_future(self._journal.submit(changes))
         self._commit = commit
@@ -290,9 +304,19 @@ class BrokerService:
             error = None if finished.cancelled() else finished.exception()
             if error is not None:
                 self.log.error("journal_failed", detail=str(error))
+            elif self._journal.fresh_files != self._fresh_files:
+                self._fill_fresh_file()
             self._observer.committed(time.perf_counter() - started)
 
         commit.add_done_callback(done)
+
+    def _fill_fresh_file(self) -> None:
+        """The journal goes on in a file that knows nothing of what lives: write all of it."""
+        self._fresh_files = self._journal.fresh_files
+        leases = [LeaseStored(lease=lease) for lease in self.core.leases()]
+        drains = [DrainFlag(view.spec.engine_id, view.draining) for view in self.core.engines()]
+        self.log.warning("journal_rewritten", leases=len(leases))
+        self._submit([*leases, *drains])
 
     def _arm_timer(self) -> None:
         deadline_ms = self.core.next_deadline_ms()

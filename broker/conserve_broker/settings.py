@@ -25,11 +25,13 @@ from conserve_broker._config_tables import (
     ListenTable,
     PlacementTable,
     ScrapeTable,
+    StoreTable,
     Table,
     TokenKeyTable,
     TokenTable,
     to_ppm,
 )
+from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms
@@ -39,12 +41,15 @@ __all__ = [
     "AdmissionTable",
     "BrokerConfig",
     "ConfigProblem",
+    "DiscoveryTable",
     "EngineTable",
     "JournalTable",
     "LeaseTable",
     "ListenTable",
     "PlacementTable",
+    "RegistrationTable",
     "ScrapeTable",
+    "StoreTable",
     "TokenTable",
     "load_config",
 ]
@@ -60,8 +65,11 @@ class BrokerConfig(Table):
     placement: PlacementTable = PlacementTable()
     admission: AdmissionTable = AdmissionTable()
     journal: JournalTable = JournalTable()
+    store: StoreTable = Field(default_factory=StoreTable)
     token: TokenTable = TokenTable()
     scrape: ScrapeTable = ScrapeTable()
+    discovery: DiscoveryTable = DiscoveryTable()
+    registration: RegistrationTable = RegistrationTable()
     engine: tuple[EngineTable, ...] = ()
 
     @model_validator(mode="after")
@@ -117,6 +125,15 @@ class BrokerConfig(Table):
             ConfigProblem: a secret is missing, too short or unreadable.
         """
         return signing_keys.resolve(self.token.keys, journal_path=self.journal.path, create=create)
+
+    def advertised_url(self, *, port: int) -> str:
+        """Where clients reach this broker on that port as far as its configuration tells; empty when it does not."""
+        if self.store.advertise_url:
+            return self.store.advertise_url
+        host = self.listen.host
+        if host in {"0.0.0.0", "::"}:  # noqa: S104  # asked about, not bound
+            return ""
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def printable(self) -> dict[str, Any]:
         """The merged configuration as plain data with secrets hidden."""
@@ -200,9 +217,13 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "placement": PlacementTable,
         "admission": AdmissionTable,
         "journal": JournalTable,
+        "store": StoreTable,
         "token": TokenTable,
         "token.keys": TokenKeyTable,
         "scrape": ScrapeTable,
+        "discovery": DiscoveryTable,
+        "discovery.dns": DnsTable,
+        "registration": RegistrationTable,
         "engine": EngineTable,
     }
     known = {name: tuple(table.model_fields) for name, table in tables.items()}

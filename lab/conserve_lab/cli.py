@@ -46,7 +46,9 @@ def demo_main(argv: Sequence[str]) -> int:
 
 
 def bench_main(argv: Sequence[str]) -> int:
-    """Run `conserve bench`."""
+    """Run `conserve bench`, or `conserve bench failover`."""
+    if argv[:1] == ["failover"]:
+        return run_command(_failover, argv[1:], name="conserve bench failover")
     return run_command(_bench, argv, name="conserve bench")
 
 
@@ -216,6 +218,19 @@ def _calibrate(
     from conserve_lab.calibration.command import run_calibrate
 
     return run_calibrate(cells, prefill_column=prefill_column, json_path=json, console=_console())
+
+
+def _failover(
+    *,
+    json: Json = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Kills and planned ends, each.")] = 5,
+    lock_ttl_ms: Annotated[int, typer.Option(min=500, max=60_000, help="Life of the leader's lock.")] = 1_500,
+    leases: Annotated[int, typer.Option(min=0, max=500_000, help="Live leases to take over.")] = 0,
+) -> int:
+    """How long new conversations wait when the leading broker of two is killed, or ends by plan."""
+    from conserve_lab.failover import run_failover
+
+    return run_failover(rounds=rounds, lock_ttl_ms=lock_ttl_ms, leases=leases, json_path=json, console=_console())
 
 
 def _console() -> Console:

@@ -273,7 +273,10 @@ async def test_the_tenant_is_decided_in_one_place(running: Running) -> None:
 async def test_probes(running: Running) -> None:
     assert (await running.http.get("/healthz")).json() == {"status": "ok"}
     ready = await running.http.get("/readyz")
-    assert (ready.status_code, ready.json()) == (200, {"ready": True, "reasons": [], "warnings": []})
+    assert (ready.status_code, ready.json()) == (
+        200,
+        {"ready": True, "role": "alone", "reasons": [], "warnings": []},
+    )
     running.service.quiesce()
     late = await running.http.get("/readyz")
     assert (late.status_code, late.json()["reasons"]) == (503, ["the broker is shutting down"])

@@ -1,13 +1,15 @@
 """The broker's commands: what they print, and their exit codes."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from conserve_broker.cli import broker_main, engines_main, explain_main
+from conserve_broker.cli import broker_main, drain_main, engines_main, explain_main, undrain_main
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, default_fleet
@@ -66,6 +68,35 @@ def test_engines_are_listed_drained_and_undrained(
     assert json.loads(capsys.readouterr().out)["state"] == "ready"
     assert engines_main(["list", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["engines"]) == 2
+
+
+def test_a_drain_can_be_waited_for(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    body = {"conversation_id": "drained", "lineage": "main", "model": "emulated", "first_turn_input_tokens": 100}
+    assert httpx2.post(f"{url}/v1/leases", json=body).is_success
+    ends: list[int] = []
+    waiting = threading.Thread(target=lambda: ends.append(drain_main(["d0", "--wait", "--broker", url])))
+    waiting.start()
+    deadline = time.monotonic() + 40
+    printed = ""
+    while "left" not in printed:
+        assert time.monotonic() < deadline
+        printed += capsys.readouterr().out
+        time.sleep(0.02)
+    assert ends == [], "it waits"
+    # "[c]" may hold a lease from another test; asking for a live one finds it, even on an engine that drains.
+    for conversation in ("[c]", "drained"):
+        found = httpx2.post(f"{url}/v1/leases", json={**body, "conversation_id": conversation}).json()
+        if "token" in found:
+            holder = {"authorization": f"Lease {found['token']}"}
+            assert httpx2.delete(f"{url}/v1/leases/{found['lease_id']}", headers=holder).status_code == 204
+    waiting.join(40)
+    assert ends == [0]
+    assert "draining" in capsys.readouterr().out
+    assert undrain_main(["d0", "--broker", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "ready"
+    assert drain_main(["d0", "--broker", url, "--wait", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["leases"] == 0
+    assert undrain_main(["d0", "--broker", url]) == 0
 
 
 def test_failures_are_one_line_that_says_what_to_do(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 
 from conserve_broker._journal_file import JournalFile
 from conserve_broker._lease_codec import decode, encode
-from conserve_broker.journal import DrainFlag, Journal, JournalError, MemoryJournal, open_journal
+from conserve_broker.journal import (
+    DrainFlag,
+    EngineRow,
+    Journal,
+    JournalError,
+    MemoryJournal,
+    Recovery,
+    open_journal,
+)
 from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
@@ -220,11 +228,11 @@ class Gate:
         self.open = threading.Event()
         file.write = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, leases: Any, drains: Any) -> None:
+    def __call__(self, leases: Any, drains: Any, engines: Any) -> None:
         self.groups.append(len(leases))
         self.entered.set()
         assert self.open.wait(BUDGET_S)
-        self.write(leases, drains)
+        self.write(leases, drains, engines)
 
 
 class TestGroups:
@@ -311,6 +319,17 @@ class TestFailure:
         assert journal.failure == ""
 
 
+def damage(path: Path) -> None:
+    """A journal of 2000 leases whose pages hold nonsense."""
+    journal = Journal.open(path)
+    write(journal, *(stored(number) for number in range(2000)))
+    journal.close()
+    content = bytearray(path.read_bytes())
+    for page in range(2, len(content) // 4096):
+        content[page * 4096 : page * 4096 + 512] = b"\xff" * 512
+    path.write_bytes(content)
+
+
 class TestForeignFiles:
     def expect(self, path: Path, message: str) -> None:
         with pytest.raises(JournalError, match=message) as raised:
@@ -341,19 +360,75 @@ class TestForeignFiles:
     def test_a_newer_format(self, path: Path) -> None:
         Journal.open(path).close()
         newer = sqlite3.connect(path)
-        newer.execute("PRAGMA user_version = 2")
+        newer.execute("PRAGMA user_version = 3")
         newer.close()
-        self.expect(path, r"another version of ConServe \(format 2, this one reads 1\)")
+        self.expect(path, r"another version of ConServe \(format 3, this one reads 2\)")
+
+    def test_an_older_format_is_upgraded_in_place(self, path: Path) -> None:
+        journal = Journal.open(path)
+        write(journal, stored(1))
+        journal.close()
+        older = sqlite3.connect(path)
+        older.executescript("DROP TABLE engine; DROP TABLE proof; PRAGMA user_version = 1;")
+        older.close()
+        journal = Journal.open(path)
+        assert journal.load().leases == (lease(1),)
+        write(journal, EngineRow("e1", "[1]"))
+        journal.close()
+        again = Journal.open(path)
+        assert again.load().engines == ("[1]",)
+        again.close()
 
     def test_a_damaged_file(self, path: Path) -> None:
+        damage(path)
         journal = Journal.open(path)
-        write(journal, *(stored(number) for number in range(2000)))
+        try:
+            assert "is damaged" in journal.failure
+            assert "move it away" in journal.failure
+            assert journal.load() == Recovery()
+            with pytest.raises(JournalError, match="is damaged"):
+                write(journal, stored(5_000), EngineRow("e1", "[1]"))
+            path.rename(path.with_suffix(".broken"))
+            wait_for(lambda: journal.failure == "")  # by itself, without another change
+            assert journal.fresh_files == 1, "the new file wants everything that lives"
+        finally:
+            journal.close()
+        again = Journal.open(path)
+        assert again.load() == Recovery((lease(5_000),), (), ("[1]",))
+        again.close()
+
+    def test_rows_that_nobody_read_are_dropped(self, path: Path) -> None:
+        """A backup put in the place of a damaged file says what lived once; memory says what lives."""
+        backup = path.with_name("backup.db")
+        journal = Journal.open(backup)
+        write(journal, stored(1), stored(2))
         journal.close()
-        content = bytearray(path.read_bytes())
-        for page in range(2, len(content) // 4096):
-            content[page * 4096 : page * 4096 + 512] = b"\xff" * 512
-        path.write_bytes(content)
-        self.expect(path, "is damaged")
+        damage(path)
+        journal = Journal.open(path)
+        try:
+            assert journal.load() == Recovery()
+            with pytest.raises(JournalError):
+                write(journal, stored(2, turns=7))
+            backup.replace(path)
+            wait_for(lambda: journal.failure == "")
+        finally:
+            journal.close()
+        again = Journal.open(path)
+        assert again.load().leases == (lease(2, turns=7),)
+        again.close()
+
+    def test_damage_that_shows_while_running(self, journal: Journal, path: Path) -> None:
+        write(journal, stored(1))
+
+        def damaged(*_: Any) -> None:
+            raise JournalError("journal: is damaged", passing=True, damaged=True)
+
+        journal._file.write = damaged  # type: ignore[method-assign, union-attr]
+        with pytest.raises(JournalError, match="is damaged"):
+            write(journal, stored(2))
+        path.unlink()
+        wait_for(lambda: journal.failure == "")
+        assert journal.fresh_files == 1
 
     def test_rows_of_an_unknown_form(self, path: Path) -> None:
         Journal.open(path).close()
@@ -389,7 +464,7 @@ class TestForeignFiles:
         path.chmod(0o444)
         probe = (
             "import os, sys; from conserve_broker.journal import Journal; os.chdir(sys.argv[1]);"
-            "os.getuid() == 0 and os.setuid(65534); Journal.open('leases.db')"
+            "os.getuid() == 0 and os.setuid(65534); sys.exit(Journal.open('leases.db').failure)"
         )
         path.parent.chmod(0o555)
         done = subprocess.run(

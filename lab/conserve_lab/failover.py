@@ -1,0 +1,286 @@
+"""How long new conversations wait when the leading broker is killed or ends by plan: processes, real store, wall time.
+
+Two brokers over one Valkey or Redis server, four callers that ask for leases without pause and try the brokers in
+order. Measured is the time from the signal to the first lease that the other broker grants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+from rich.console import Console
+from rich.table import Table
+
+from conserve_broker.journal import Journal, Recovery
+from conserve_broker.redis_store import LeaderRows, RedisStore
+from conserve_broker.settings import StoreTable
+from conserve_lab.emulator import EmulatedFleet, default_fleet
+from conserve_sdk.core.events import LeaseStored
+from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
+from conserve_sdk.core.receipt import Receipt
+from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName, Ms, TenantId, Tokens
+from conserve_sdk.protocol import LeaseGrant
+
+__all__ = ["run_failover"]
+
+_BUDGET_S = 60.0
+_GROUP = 2_000
+_SERVE = "import sys; from conserve_broker.cli import broker_main; sys.exit(broker_main(sys.argv[1:]))"
+
+
+def run_failover(*, rounds: int, lock_ttl_ms: int, leases: int, json_path: Path | None, console: Console) -> int:
+    """Measure and print; 1 when there is no store to measure on.
+
+    Args:
+        rounds: kills and planned ends, each.
+        lock_ttl_ms: life of the leader's lock.
+        leases: live leases that the other broker takes over.
+        json_path: where the figures go; None: nowhere.
+        console: where the table goes.
+    """
+    binary = shutil.which("valkey-server") or shutil.which("redis-server")
+    if binary is None:
+        console.print("error: neither valkey-server nor redis-server is installed; apt-get install redis-server")
+        return 1
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        store_url = stack.enter_context(_store(binary, folder))
+        fleet = stack.enter_context(EmulatedFleet(default_fleet(prefillers=1, decoders=2, time_scale=0)))
+        store = StoreTable(kind="redis", url=store_url, lock_ttl_ms=lock_ttl_ms)
+        brokers = [_Broker(folder / f"{name}.toml", fleet, store) for name in "ab"]
+        for broker in brokers:
+            stack.callback(broker.end)
+        brokers[0].start()
+        if leases:
+            model = brokers[0].wait_for_lease("pattern")
+            brokers[0].end()
+            _fill(store, model, leases)
+            brokers[0].start()
+        brokers[1].start()
+        figures: dict[str, Any] = {"lock_ttl_ms": lock_ttl_ms, "leases": leases, "load": os.getloadavg()[0]}
+        figures["killed_ms"] = [_switch(brokers, signal.SIGKILL) for _ in range(rounds)]
+        figures["planned_ms"] = [_switch(brokers, signal.SIGTERM) for _ in range(rounds)]
+    console.print(_table(figures))
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"time to the first grant by the other broker, lock of {figures['lock_ttl_ms']} ms, "
+        f"{figures['leases']} live leases (load {figures['load']:.1f})",
+        title_justify="left",
+    )
+    for name in ("the leader", "runs", "min ms", "median ms", "max ms"):
+        table.add_column(name, justify="left" if name == "the leader" else "right")
+    for key, name in (("killed_ms", "is killed (SIGKILL)"), ("planned_ms", "ends by plan (SIGTERM)")):
+        spans = figures[key]
+        table.add_row(name, str(len(spans)), f"{min(spans):.0f}", f"{median(spans):.0f}", f"{max(spans):.0f}")
+    return table
+
+
+def _switch(brokers: list[_Broker], number: signal.Signals) -> float:
+    """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby."""
+    until = time.monotonic() + _BUDGET_S
+    while (leader := next((one for one in brokers if one.role() == "leader"), None)) is None:
+        if time.monotonic() > until:
+            raise TimeoutError("no broker leads")
+        time.sleep(0.02)
+    other = brokers[1 - brokers.index(leader)]
+    leader.wait_for_lease(f"before-{time.monotonic_ns()}")
+    callers = _Callers(leader.url, other.url)
+    time.sleep(0.5)  # the callers are warm, and the standby has caught up
+    signalled_s = time.monotonic()
+    leader.signal(number)
+    granted_s = callers.first_grant_of_the_second(after_s=signalled_s)
+    leader.end()
+    leader.start()
+    return (granted_s - signalled_s) * 1000
+
+
+class _Callers:
+    """Four clients that ask without pause, the first broker first."""
+
+    def __init__(self, *urls: str) -> None:
+        self._urls = urls
+        self._found = threading.Event()
+        self._granted_s = 0.0
+        self._threads = [threading.Thread(target=self._call, args=(number,), daemon=True) for number in range(4)]
+        for thread in self._threads:
+            thread.start()
+
+    def first_grant_of_the_second(self, *, after_s: float) -> float:
+        """The instant of the first lease that the second broker granted."""
+        found = self._found.wait(_BUDGET_S)
+        for thread in self._threads:
+            thread.join()
+        if not found or self._granted_s < after_s:
+            raise TimeoutError("the other broker granted nothing")
+        return self._granted_s
+
+    def _call(self, caller: int) -> None:
+        until = time.monotonic() + _BUDGET_S
+        number = 0
+        with httpx2.Client(timeout=1.0, trust_env=False) as http:
+            while not self._found.is_set() and time.monotonic() < until:
+                number += 1
+                for url in self._urls:
+                    if _asked(http, url, f"{os.getpid()}-{id(self)}-{caller}-{number}") is None:
+                        continue
+                    if url == self._urls[1] and not self._found.is_set():
+                        self._granted_s = time.monotonic()
+                        self._found.set()
+                    break
+                time.sleep(0.005)
+
+
+def _asked(http: httpx2.Client, url: str, conversation: str) -> LeaseGrant | None:
+    body = {"conversation_id": conversation, "lineage": "main", "model": "emulated", "first_turn_input_tokens": 1}
+    try:
+        response = http.post(f"{url}/v1/leases", json=body)
+    except httpx2.TransportError:
+        return None
+    return LeaseGrant.model_validate_json(response.content) if response.is_success else None
+
+
+class _Broker:
+    """`conserve broker` as a process of its own."""
+
+    def __init__(self, path: Path, fleet: EmulatedFleet, store: StoreTable) -> None:
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        self._path = path
+        self._process: subprocess.Popen[bytes] | None = None
+        tables: dict[str, Any] = {
+            "listen": {"port": int(self.url.rsplit(":", 1)[1])},
+            "scrape": {"interval_ms": 200},
+            "admission": {"leases_max": 1_000_000, "leases_per_tenant_max": 1_000_000},
+            "store": {"kind": "redis", "url": store.url, "lock_ttl_ms": store.lock_ttl_ms},
+            "token.keys": [{"kid": "bench", "secret": "nothing here is worth a better secret"}],
+            "engine": [{**engine, "kv_capacity_tokens": 100_000_000} for engine in fleet.broker_engines()],
+        }
+        lines: list[str] = []
+        for name, table in tables.items():
+            for one in table if isinstance(table, list) else [table]:
+                lines.append(f"[[{name}]]" if isinstance(table, list) else f"[{name}]")
+                lines += [f"{key} = {json.dumps(value)}" for key, value in one.items()]
+        path.write_text("\n".join(lines) + "\n")
+
+    def start(self) -> None:
+        command = [sys.executable, "-c", _SERVE, "--config", str(self._path), "--log-level", "error"]
+        self._process = subprocess.Popen(command)  # noqa: S603  # this interpreter on a file of ours
+        until = time.monotonic() + _BUDGET_S
+        while self.role() not in {"leader", "standby"}:
+            if time.monotonic() > until:
+                raise TimeoutError(f"the broker at {self.url} never served")
+            time.sleep(0.02)
+
+    def role(self) -> str:
+        try:
+            return str(httpx2.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).json()["role"])
+        except httpx2.TransportError:
+            return ""
+
+    def wait_for_lease(self, conversation: str) -> LeaseGrant:
+        until = time.monotonic() + _BUDGET_S
+        with httpx2.Client(timeout=5.0, trust_env=False) as http:
+            while (grant := _asked(http, self.url, conversation)) is None:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the broker at {self.url} grants nothing")
+                time.sleep(0.02)
+        return grant
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+
+@contextmanager
+def _store(binary: str, folder: Path) -> Iterator[str]:
+    port = _free_port()
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    process = subprocess.Popen(  # noqa: S603  # found by name on the PATH, arguments of ours
+        [*command, "--appendonly", "yes"], stdout=subprocess.DEVNULL
+    )
+    try:
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _fill(store: StoreTable, pattern: LeaseGrant, leases: int) -> None:
+    """Write live leases on the pattern's decoder, as a leader would."""
+    connection = RedisStore(store.model_copy(update={"lock_ttl_ms": 60_000}))
+    claim = connection.claim(url="", fence_floor=0)
+    if not claim.won:
+        raise TimeoutError("somebody else leads")
+    journal = Journal(LeaderRows(connection, claim, fenced=lambda: None), recovery=Recovery())
+    first = _lease_like(pattern)
+    for start in range(0, leases, _GROUP):
+        journal.submit(
+            [
+                LeaseStored(
+                    lease=replace(
+                        first,
+                        lease_id=LeaseId(f"filled-{number}"),
+                        key=replace(first.key, conversation_id=ConversationId(f"filled-{number}")),
+                    )
+                )
+                for number in range(start, min(start + _GROUP, leases))
+            ]
+        ).result(_BUDGET_S)
+    connection.release(claim)
+    journal.close()
+
+
+def _lease_like(grant: LeaseGrant) -> Lease:
+    now_ms = Ms(time.time_ns() // 1_000_000)
+    return Lease(
+        lease_id=LeaseId("filled"),
+        key=LeaseKey(
+            tenant=TenantId("default"),
+            conversation_id=ConversationId("filled"),
+            lineage=LineageId("main"),
+            model=ModelName("emulated"),
+        ),
+        epoch=1,
+        mode=Mode.LOCAL,
+        prefiller=None,
+        decoder=EngineBinding(**grant.decoder.model_dump()),
+        granted_at_ms=now_ms,
+        ttl_ms=Ms(3_600_000),
+        expires_at_ms=Ms(now_ms + 3_600_000),
+        ledger_tokens=Tokens(1),
+        hold_ms=Ms(0),
+        append_threshold_tokens=Tokens(0),
+        supersedes=None,
+        receipt=Receipt(preset="", rule="", prefill_rule="", need_tokens=Tokens(1), waited_ms=Ms(0), candidates=()),
+        activity_since_ms=now_ms,
+    )
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
