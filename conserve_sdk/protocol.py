@@ -50,6 +50,8 @@ class LeaseRequest(_Wire):
         wait_ms: how long the client will wait for admission before it wants a refusal.
         hint_engine_id: decoder that may still hold a prefix of this lineage (previous or parent lease).
         parent_lease_id: lease of the lineage that this one branched off (a sub-agent, a fork after compaction).
+        prefix_key: names the preamble the prompt begins with (a hash over system prompt and tools); requests with equal
+            keys share their first tokens.
     """
 
     conversation_id: Identifier
@@ -60,6 +62,7 @@ class LeaseRequest(_Wire):
     wait_ms: Millis = 0
     hint_engine_id: Identifier | None = None
     parent_lease_id: Identifier | None = None
+    prefix_key: Identifier | None = None
     client: Annotated[str, Field(max_length=200)] = ""
 
 
@@ -99,6 +102,9 @@ class CandidateInfo(_Wire):
     running: int
     rate_tokens_per_s: int
     score_us: int
+    active_tokens: int = 0
+    prefill_share_ppm: int = 0
+    uncached_tokens: int = -1
 
 
 class DecisionInfo(_Wire):
@@ -262,6 +268,10 @@ class EngineInfo(_Wire):
     block_size_tokens: int = 0
     max_model_len_tokens: int = 0
     draining: bool = False
+    kv_active_tokens: int = 0
+    host_tier_tokens: int = 0
+    prefill_share_ppm: int = 0
+    lost_caches: int = 0
 
 
 class EngineList(_Wire):

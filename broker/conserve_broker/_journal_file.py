@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x436F5376
 """`CoSv` in the header of the file says whose it is."""
 

@@ -28,7 +28,7 @@ _BINDING = ("engine_id", "url", "incarnation")
 _RECEIPT = ("preset", "rule", "prefill_rule", "need_tokens", "waited_ms", "candidates")
 _CANDIDATE = (
     "engine_id", "role", "verdict", "capacity_tokens", "leased_tokens", "used_tokens", "backlog_tokens", "running",
-    "rate_tokens_per_s", "score_us",
+    "rate_tokens_per_s", "score_us", "active_tokens", "prefill_share_ppm", "uncached_tokens",
 )  # fmt: skip
 
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode

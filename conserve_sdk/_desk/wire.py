@@ -49,6 +49,9 @@ def _candidate_info(candidate: CandidateView) -> CandidateInfo:
         running=candidate.running,
         rate_tokens_per_s=candidate.rate_tokens_per_s,
         score_us=candidate.score_us,
+        active_tokens=candidate.active_tokens,
+        prefill_share_ppm=candidate.prefill_share_ppm,
+        uncached_tokens=candidate.uncached_tokens,
     )
 
 
@@ -131,6 +134,10 @@ def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
         block_size_tokens=view.block_size_tokens,
         max_model_len_tokens=view.max_model_len_tokens,
         draining=view.draining,
+        kv_active_tokens=view.kv_active_tokens,
+        host_tier_tokens=view.spec.host_tier_tokens,
+        prefill_share_ppm=view.prefill_share_ppm,
+        lost_caches=view.lost_caches,
     )
 
 

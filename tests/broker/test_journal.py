@@ -341,9 +341,9 @@ class TestForeignFiles:
     def test_a_newer_format(self, path: Path) -> None:
         Journal.open(path).close()
         newer = sqlite3.connect(path)
-        newer.execute("PRAGMA user_version = 2")
+        newer.execute("PRAGMA user_version = 3")
         newer.close()
-        self.expect(path, r"another version of ConServe \(format 2, this one reads 1\)")
+        self.expect(path, r"another version of ConServe \(format 3, this one reads 2\)")
 
     def test_a_damaged_file(self, path: Path) -> None:
         journal = Journal.open(path)
