@@ -324,6 +324,39 @@ class FleetInfo(_Wire):
     grants_total: int
 
 
+class FindingInfo(_Wire):
+    """One observation and what follows from it; `code` is stable."""
+
+    code: str
+    text: str
+
+
+class ModelAdvice(_Wire):
+    """What one model's figures call for; see `conserve_sdk.core.Advice`. Zero prefillers: do not disaggregate."""
+
+    model: str
+    preset: str
+    prefillers: int
+    decoders: int
+    sure: bool
+    engines_ready: int
+    prefillers_now: int
+    kv_active_ppm: int
+    prefill_work_ppm: int
+    grants: int
+    wait_p95_ms: int
+    first_turn_p50_tokens: int
+    waiting: int
+    findings: tuple[FindingInfo, ...]
+
+
+class AdviceInfo(_Wire):
+    """Answer to `GET /v1/advice`, ordered by model; `preset` is the one in force."""
+
+    preset: str
+    models: tuple[ModelAdvice, ...]
+
+
 class Problem(_Wire):
     """RFC 9457 problem document. `code` is stable; `detail` says what to do."""
 

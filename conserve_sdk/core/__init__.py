@@ -4,6 +4,7 @@
 class runs in the service, in `conserve_sdk.testing` and in the simulator.
 """
 
+from conserve_sdk.core.advice import Advice, Finding
 from conserve_sdk.core.broker import Broker
 from conserve_sdk.core.events import (
     Decision,
@@ -42,6 +43,7 @@ from conserve_sdk.core.events import (
     TurnStarted,
     Waiting,
 )
+from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
 from conserve_sdk.core.settings import (
@@ -79,6 +81,7 @@ __all__ = [
     "PAPER",
     "PRESETS",
     "Activity",
+    "Advice",
     "Broker",
     "BrokerCounters",
     "BrokerSettings",
@@ -100,6 +103,8 @@ __all__ = [
     "EngineUnreachable",
     "EngineView",
     "Event",
+    "Finding",
+    "GrantFigures",
     "Granted",
     "Incarnation",
     "Lease",

@@ -70,6 +70,10 @@ class AdmissionQueue:
         lines = self._lines.get(key.model)
         return 0 if lines is None else len(lines.get(key.tenant, ()))
 
+    def waiting_for(self, model: ModelName) -> int:
+        """How many wait for a model."""
+        return sum(len(line) for line in self._lines.get(model, {}).values())
+
     def add(self, pending: Pending) -> None:
         """Append to the tenant's line."""
         assert pending.request_id not in self._pending, f"request {pending.request_id} already waits"

@@ -8,6 +8,7 @@ from typing import Any
 
 from conserve_sdk.core import _engines, _granting, _reporting, events
 from conserve_sdk.core._state import State
+from conserve_sdk.core.advice import Advice, advise
 from conserve_sdk.core.events import Decision, Event
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Lease, LeaseKey
@@ -119,6 +120,20 @@ class Broker:
     def grant_figures(self, model: ModelName) -> GrantFigures:
         """Waits and first turns of the model's last grants."""
         return self._state.figures.of(model)
+
+    def advice(self) -> tuple[Advice, ...]:
+        """What the figures of each configured model call for, ordered by its name."""
+        state = self._state
+        return tuple(
+            advise(
+                model,
+                state.fleet.views_of_model(model),
+                grants=state.figures.of(model),
+                waiting=state.queue.waiting_for(model),
+                placement=state.settings.placement,
+            )
+            for model in sorted({view.spec.model for view in state.fleet.views()})
+        )
 
     def tokens_per_byte_ppm(self, model: ModelName) -> Ppm:
         """The ratio that turns prompt bytes into tokens for a model, as observed so far."""
