@@ -106,7 +106,8 @@ class TestIdleAware:
         here = tiered(host_tier=30_000)
         fill(here, 80_000)
         here.wait(1_000)
-        assert bool(answers(here.request("last", tokens)) and here.broker.lease_count() == 2) is fits
+        here.request("last", tokens)
+        assert (here.broker.lease_count() == 2) is fits
 
     @pytest.mark.parametrize("change", ["no tier", "switched off"])
     def test_without_a_tier_or_the_switch_every_lease_is_active(self, change: str) -> None:
@@ -140,10 +141,11 @@ class TestIdleAware:
         lease = fill(here, 80_000)
         idle = here.broker.lease(lease.lease_id)
         assert idle is not None
-        again = tiered()
-        again.now_ms = 5_000
-        again.recover(idle)
-        assert again.view("d0").kv_active_tokens == 0
+        for now_ms, active in ((999, 80_000), (1_000, 0), (5_000, 0)):
+            again = tiered()
+            again.now_ms = now_ms
+            again.recover(idle)
+            assert again.view("d0").kv_active_tokens == active
 
 
 class TestPrefillersHost:
@@ -169,9 +171,7 @@ class TestPrefillersHost:
         here.wait(idle_ms)
         here.observe("p0")
         assert (here.view("p0").prefill_share_ppm <= 400_000) is hosts
-        assert bool(here.broker.lease_count() == 0)
-        found = here.request("c", 2_000)
-        assert (next(iter(answers(found).values())) in found) is True
+        here.request("c", 2_000)
         assert (here.broker.lease_count() == 1) is hosts
 
     def test_whoever_waits_gets_it_when_a_scrape_shows_time_to_spare(self) -> None:
@@ -269,6 +269,13 @@ class TestQuota:
     def test_what_can_never_fit_is_refused_at_once(self) -> None:
         no = refused(self.world().request("a", 10_001, wait_ms=60_000))
         assert (no.reason, no.retry_after_ms) == (RefusalReason.OVER_QUOTA, 0)
+
+    def test_what_fits_an_empty_quota_exactly_waits(self) -> None:
+        here = self.world()
+        first = here.grant("a", 1_000)
+        here.request("b", 10_000, wait_ms=60_000)
+        assert len(answers(here.release(first))) == 1
+        assert here.broker.lease_count() == 1
 
     def test_what_is_replaced_does_not_count(self) -> None:
         here = self.world()
