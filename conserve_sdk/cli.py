@@ -24,6 +24,7 @@ EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
 _SUMMARIES: Final = {
+    "advise": "say which placement a running fleet's figures call for",
     "bench": "replay a workload and compare policies",
     "broker": "run the broker, or check its configuration",
     "demo": "broker, emulated fleet and real agents, with a live view",

@@ -50,6 +50,8 @@ class LeaseRequest(_Wire):
         wait_ms: how long the client will wait for admission before it wants a refusal.
         hint_engine_id: decoder that may still hold a prefix of this lineage (previous or parent lease).
         parent_lease_id: lease of the lineage that this one branched off (a sub-agent, a fork after compaction).
+        prefix_key: names the preamble the prompt begins with (a hash over system prompt and tools); requests with equal
+            keys share their first tokens.
     """
 
     conversation_id: Identifier
@@ -60,6 +62,7 @@ class LeaseRequest(_Wire):
     wait_ms: Millis = 0
     hint_engine_id: Identifier | None = None
     parent_lease_id: Identifier | None = None
+    prefix_key: Identifier | None = None
     client: Annotated[str, Field(max_length=200)] = ""
 
 
@@ -99,6 +102,9 @@ class CandidateInfo(_Wire):
     running: int
     rate_tokens_per_s: int
     score_us: int
+    active_tokens: int = 0
+    prefill_share_ppm: int = 0
+    uncached_tokens: int = -1
 
 
 class DecisionInfo(_Wire):
@@ -262,6 +268,10 @@ class EngineInfo(_Wire):
     block_size_tokens: int = 0
     max_model_len_tokens: int = 0
     draining: bool = False
+    kv_active_tokens: int = 0
+    host_tier_tokens: int = 0
+    prefill_share_ppm: int = 0
+    lost_caches: int = 0
 
 
 class EngineRegistration(_Wire):
@@ -335,6 +345,39 @@ class FleetInfo(_Wire):
     waiting_requests: int
     migrations_total: int
     grants_total: int
+
+
+class FindingInfo(_Wire):
+    """One observation and what follows from it; `code` is stable."""
+
+    code: str
+    text: str
+
+
+class ModelAdvice(_Wire):
+    """What one model's figures call for; see `conserve_sdk.core.Advice`. Zero prefillers: do not disaggregate."""
+
+    model: str
+    preset: str
+    prefillers: int
+    decoders: int
+    sure: bool
+    engines_ready: int
+    prefillers_now: int
+    kv_active_ppm: int
+    prefill_work_ppm: int
+    grants: int
+    wait_p95_ms: int
+    first_turn_p50_tokens: int
+    waiting: int
+    findings: tuple[FindingInfo, ...]
+
+
+class AdviceInfo(_Wire):
+    """Answer to `GET /v1/advice`, ordered by model; `preset` is the one in force."""
+
+    preset: str
+    models: tuple[ModelAdvice, ...]
 
 
 class Problem(_Wire):

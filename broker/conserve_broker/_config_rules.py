@@ -74,6 +74,7 @@ def warnings(config: Tables) -> list[str]:
             f"lease.grace_ms: {config.lease.grace_ms} is under half of lease.ttl_ms ({config.lease.ttl_ms}); clients "
             "renew at a third of the TTL, so leases in use may expire after a restart"
         )
+    lines += _placement_warnings(config)
     if config.admission.leases_per_tenant_max > config.admission.leases_max:
         lines.append("admission.leases_per_tenant_max: above admission.leases_max, so it never applies")
     return lines
@@ -235,6 +236,21 @@ def _hold_warnings(config: Tables) -> Iterator[str]:
                 f"lease.hold_ms: {config.lease.hold_ms} is above max_hold_ms of {engine.id} ({engine.max_hold_ms}), "
                 "which therefore holds for its own time only"
             )
+
+
+def _placement_warnings(config: Tables) -> Iterator[str]:
+    rules = config.placement.settings()
+    if rules.move_release_ppm > rules.move_threshold_ppm:
+        yield (
+            "placement.move_release: above placement.move_threshold, so directives are withdrawn as soon as they are "
+            "announced; set half of it"
+        )
+    tiers = [engine.id for engine in config.engine if engine.host_tier_tokens]
+    if tiers and not rules.idle_aware:
+        yield (
+            f"engine.host_tier_tokens: preset {config.placement.preset!r} does not use the host tier of "
+            f"{', '.join(tiers)}; set placement.idle_aware = true"
+        )
 
 
 def _repeated(values: Iterable[str]) -> Sequence[str]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator
 
 from conserve_sdk.core.events import EngineSpec, Role
-from conserve_sdk.core.settings import PRESETS, PlacementSettings
+from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts
 from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, Tokens, TransferGroup
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -74,6 +74,38 @@ class PlacementTable(Table):
     """Prefill rate assumed of an engine until one was observed, in tokens per second."""
     reserve_tokens: TokenCount | None = None
     """Growth reserve added to the need of every lease, in tokens."""
+    idle_aware: bool | None = None
+    """On decoders with a host KV tier, leases that are idle for `idle_after_ms` count only as leased."""
+    idle_after_ms: Annotated[int, Field(ge=1, le=600_000)] | None = None
+    """Age of a gap from which on a lease is not active, in milliseconds (TAU)."""
+    oversubscription: Annotated[float, Field(ge=1.0, le=100.0)] | None = None
+    """Leased KV of a decoder with a host tier, over its capacity, at most (HOVER)."""
+    leased_weight: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
+    """Weight of leased KV beside active KV in a decoder's load."""
+    prefiller_hosts: Literal["auto", "never"] | None = None
+    """`auto`: a prefiller hosts leases while its prefill share is low; `never`."""
+    host_gate: Ratio | None = None
+    """A prefiller hosts while its prefill share is at most this, 0 to 1 (GATE)."""
+    host_reserve: Ratio | None = None
+    """Share of a prefiller's KV that leases leave free, 0 to 1 (PRES)."""
+    host_base_load: Ratio | None = None
+    """Load added to every prefiller, 0 to 1 (H0)."""
+    host_share_weight: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
+    """Weight of a prefiller's prefill share in its load (BETA)."""
+    prefill_share_window_ms: Annotated[int, Field(ge=100, le=3_600_000)] | None = None
+    """Memory of the prefill share, in milliseconds."""
+    move_appends: bool | None = None
+    """Large appends may be prefilled on a prefiller and move to the decoder."""
+    re_lease: bool | None = None
+    """Leases may move to another decoder in a gap."""
+    move_threshold: Ratio | None = None
+    """Difference of loads above which they do, 0 to 1 (MOVE)."""
+    move_release: Ratio | None = None
+    """Difference at or under which a standing directive is withdrawn, 0 to 1."""
+    move_idle_ms: Annotated[int, Field(ge=0, le=600_000)] | None = None
+    """A gap must be longer than this for a move because of load, in milliseconds."""
+    move_rest_ms: Annotated[int, Field(ge=0, le=3_600_000)] | None = None
+    """A lease younger than this is not moved because of load, in milliseconds."""
 
     def settings(self) -> PlacementSettings:
         """The preset with this table's constants in place of its own."""
@@ -81,7 +113,9 @@ class PlacementTable(Table):
         names = {field.name for field in fields(preset)}
         changes: dict[str, Any] = {}
         for key, value in self.model_dump(exclude={"preset"}, exclude_none=True).items():
-            if key in names:
+            if key == "prefiller_hosts":
+                changes[key] = PrefillerHosts(value)
+            elif key in names:
                 changes[key] = value
             else:
                 changes[f"{key}_ppm"] = to_ppm(value)
@@ -101,6 +135,8 @@ class AdmissionTable(Table):
     """Live leases at once."""
     leases_per_tenant_max: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000
     """Live leases of one tenant at once."""
+    leased_tokens_per_tenant_max: TokenCount = 0
+    """Tokens that all live leases of one tenant may hold together; 0: no bound."""
 
 
 class JournalTable(Table):
@@ -209,6 +245,8 @@ class EngineTable(Table):
         default_factory=lambda engine: NIXL_HOLD_MS if engine["connector"] == "nixl" else 0
     )
     """The engine's own `kv_lease_duration` in milliseconds; 0: it cannot hold a finished turn's KV."""
+    host_tier_tokens: TokenCount = 0
+    """KV that it can keep in host memory and load back (vLLM: OffloadingConnector), in tokens; 0: no host tier."""
     tier: Annotated[str, Field(max_length=64)] = ""
     """Free name of the hardware class, for reports."""
 
@@ -235,6 +273,7 @@ class EngineTable(Table):
             block_size_tokens=Tokens(self.block_size_tokens),
             max_model_len_tokens=Tokens(self.max_model_len_tokens),
             max_hold_ms=Ms(self.max_hold_ms),
+            host_tier_tokens=Tokens(self.host_tier_tokens),
             tier=self.tier,
         )
 

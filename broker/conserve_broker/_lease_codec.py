@@ -28,8 +28,10 @@ _BINDING = ("engine_id", "url", "incarnation")
 _RECEIPT = ("preset", "rule", "prefill_rule", "need_tokens", "waited_ms", "candidates")
 _CANDIDATE = (
     "engine_id", "role", "verdict", "capacity_tokens", "leased_tokens", "used_tokens", "backlog_tokens", "running",
-    "rate_tokens_per_s", "score_us",
+    "rate_tokens_per_s", "score_us", "active_tokens", "prefill_share_ppm", "uncached_tokens",
 )  # fmt: skip
+_CANDIDATE_TAIL = (0, 0, -1)
+"""What the last fields of a candidate are where the row is of format 1, which had not these three."""
 
 _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -69,7 +71,7 @@ def decode(row: str) -> Lease:
                 Mode(mode),
                 prefiller and _binding(tuple(prefiller)),
                 _binding(tuple(decoder)),
-                _receipt([*head, tuple([_candidate(candidate) for candidate in candidates])]),
+                _receipt([*head, tuple([_candidate(_whole(candidate)) for candidate in candidates])]),
                 Activity(activity),
                 *rest,
             ]
@@ -96,6 +98,11 @@ def _maker(kind: type[_D], names: tuple[str, ...]) -> Callable[[Iterable[Any]], 
         return made
 
     return make
+
+
+def _whole(candidate: list[Any]) -> list[Any]:
+    missing = len(_CANDIDATE) - len(candidate)
+    return candidate if missing != len(_CANDIDATE_TAIL) else [*candidate, *_CANDIDATE_TAIL]
 
 
 _lease_values = attrgetter(*_LEASE)

@@ -13,9 +13,26 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from conserve_sdk.protocol import CandidateInfo, EngineInfo, EngineList, LeaseExplanation, Problem
+from conserve_sdk.protocol import (
+    AdviceInfo,
+    CandidateInfo,
+    EngineInfo,
+    EngineList,
+    LeaseExplanation,
+    ModelAdvice,
+    Problem,
+)
 
-__all__ = ["DEFAULT_URL", "AdminError", "Command", "NoSuchEngineError", "explain", "list_engines", "set_draining"]
+__all__ = [
+    "DEFAULT_URL",
+    "AdminError",
+    "Command",
+    "NoSuchEngineError",
+    "advise",
+    "explain",
+    "list_engines",
+    "set_draining",
+]
 
 DEFAULT_URL = "http://127.0.0.1:7070"
 Command = Callable[[], None]
@@ -95,6 +112,23 @@ def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bo
         _console().print(_engines((found,)))
 
 
+def advise(broker_url: str, *, as_json: bool) -> None:
+    """Print what the fleet's figures call for.
+
+    Raises:
+        AdminError: unreachable broker.
+    """
+    found = _ask("GET", broker_url, "/v1/advice", AdviceInfo)
+    if as_json:
+        print_json(found)
+        return
+    console = _console()
+    if not found.models:
+        console.print("no engine is configured: add [[engine]] tables")
+    for advice in found.models:
+        console.print(_advice(advice, found.preset), soft_wrap=True)
+
+
 def print_json(answer: BaseModel) -> None:
     """The broker's answer as JSON on standard output."""
     Console(soft_wrap=True, highlight=False, markup=False).print(answer.model_dump_json(indent=2))
@@ -156,7 +190,7 @@ def _candidates(lease: LeaseExplanation) -> Table:
     table = Table(title="candidates as they were", title_justify="left", box=None, pad_edge=False)
     for name in ("role", "engine", "verdict"):
         table.add_column(name, no_wrap=True)
-    for name in ("leased", "of", "used", "backlog", "running", "tokens/s", "score"):
+    for name in ("active", "leased", "of", "used", "backlog", "running", "tokens/s", "prefilling", "new", "score"):
         table.add_column(name, justify="right", no_wrap=True)
     for candidate in lease.decision.candidates:
         table.add_row(*_candidate_row(candidate), style="bold" if candidate.verdict == "chosen" else None)
@@ -168,12 +202,15 @@ def _candidate_row(candidate: CandidateInfo) -> tuple[str, ...]:
         candidate.role,
         candidate.engine_id,
         candidate.verdict,
+        f"{candidate.active_tokens:,}",
         f"{candidate.leased_tokens:,}",
         f"{candidate.capacity_tokens:,}",
         f"{candidate.used_tokens:,}",
         f"{candidate.backlog_tokens:,}",
         str(candidate.running),
         f"{candidate.rate_tokens_per_s:,}",
+        f"{candidate.prefill_share_ppm / 10_000:.0f} %",
+        "" if candidate.uncached_tokens < 0 else f"{candidate.uncached_tokens:,}",
         "" if candidate.score_us < 0 else f"{candidate.score_us / 1000:,.1f} ms",
     )
 
@@ -200,6 +237,28 @@ def _engines(engines: tuple[EngineInfo, ...]) -> Group:
         )
     details = [Text(f"{engine.engine_id}: {engine.detail}") for engine in engines if engine.detail]
     return Group(table, *details)
+
+
+def _advice(advice: ModelAdvice, preset: str) -> Group:
+    if not advice.prefillers:
+        verdict = "do not disaggregate: no prefillers, every engine a decoder"
+    else:
+        verdict = f"{advice.prefillers} prefillers, {advice.decoders} decoders"
+    sure = "" if advice.sure else " (too little was seen to be sure)"
+    table = Table(title=f"model {advice.model}", show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    rows = {
+        "advice": f"preset {advice.preset}, {verdict}{sure}",
+        "in force": f"preset {preset}, {advice.prefillers_now} prefillers of {advice.engines_ready} ready engines",
+        "active KV": f"{advice.kv_active_ppm / 10_000:.0f} % of the decoders",
+        "prefill work": f"{advice.prefill_work_ppm / 1_000_000:.2f} engines",
+        "first turns": f"{advice.first_turn_p50_tokens:,} uncached tokens in the median of {advice.grants} grants",
+        "queue": f"95 % waited at most {_seconds(advice.wait_p95_ms)}, {advice.waiting} wait now",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return Group(table, *(Text(f"- {finding.text}") for finding in advice.findings))
 
 
 def _seconds(ms: int) -> str:

@@ -1,4 +1,4 @@
-"""The broker's commands: `conserve broker`, `conserve explain`, `conserve engines`, `conserve drain` and `undrain`.
+"""The broker's commands: `conserve broker`, `explain`, `engines`, `advise`, `drain` and `undrain`.
 
 Exit codes: 0 fine, 1 something failed (unreachable broker, unknown lease), 2 wrong usage or configuration.
 """
@@ -20,7 +20,7 @@ from conserve_broker.logbook import LOGGER_NAME
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import ConfigProblem, load_config
 
-__all__ = ["broker_main", "drain_main", "engines_main", "explain_main", "undrain_main"]
+__all__ = ["advise_main", "broker_main", "drain_main", "engines_main", "explain_main", "undrain_main"]
 
 _FAILED = 1
 _WRONG_USAGE = 2
@@ -43,6 +43,7 @@ explain_app = _application("Explain why a lease stands where it does.")
 engines_app = _application("List, drain and undrain engines.")
 drain_app = _application("Give an engine no new leases; those it has live on.")
 undrain_app = _application("Let a drained engine take leases again.")
+advise_app = _application("Say which placement a running fleet's figures call for.")
 
 
 def broker_main(argv: Sequence[str]) -> int:
@@ -68,6 +69,11 @@ def drain_main(argv: Sequence[str]) -> int:
 def undrain_main(argv: Sequence[str]) -> int:
     """`conserve undrain ENGINE`, short for `conserve engines undrain`."""
     return _run(undrain_app, argv, name="conserve undrain")
+
+
+def advise_main(argv: Sequence[str]) -> int:
+    """`conserve advise`."""
+    return _run(advise_app, argv, name="conserve advise")
 
 
 def _run(app: typer.Typer, argv: Sequence[str], *, name: str) -> int:
@@ -177,6 +183,15 @@ def drain(
 def undrain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
     """Let a drained engine take leases again."""
     _show(lambda: admin.set_draining(broker, engine, draining=False, as_json=as_json))
+
+
+# ---- conserve advise --------------------------------------------------------------------------------------------
+
+
+@advise_app.command()
+def advise(broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
+    """Print which preset and how many prefillers the fleet's figures call for, whether to disaggregate, and why."""
+    _show(lambda: admin.advise(broker, as_json=as_json))
 
 
 def _show(command: admin.Command) -> None:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from conserve_broker.clock import BrokerClock
 from conserve_broker.service import Observer
 from conserve_sdk._desk import Outcome
-from conserve_sdk.core import Broker, EngineView
+from conserve_sdk.core import MILLION, Broker, BrokerCounters, EngineView
 from conserve_sdk.core.events import EngineState, Granted
 from conserve_sdk.core.units import Ms
 
@@ -112,6 +112,27 @@ class _CoreState(Collector):
         yield CounterMetricFamily(
             "conserve_engine_restarts", "Changes of incarnation seen", value=counters.engine_restarts
         )
+        yield from _rule_totals(counters)
+
+
+def _rule_totals(counters: BrokerCounters) -> Iterable[Metric]:
+    for name, text, label, values in (
+        ("placement_decoder_rules", "Grants by the rule that chose the decoder", "rule", counters.decoder_rules),
+        ("placement_prefill_rules", "Grants by the rule that chose where to prefill", "rule", counters.prefill_rules),
+        ("re_lease_directives", "Leases told to move", "reason", counters.directives),
+        ("re_lease_moves", "Leases that moved to another decoder as they were told", "reason", counters.moved),
+        ("move_stays", "Requests to move that were answered with the live lease", "cause", counters.stayed),
+    ):
+        family = CounterMetricFamily(f"conserve_{name}", text, labels=[label])
+        for each, count in values.items():
+            family.add_metric([str(each)], count)
+        yield family
+    yield CounterMetricFamily(
+        "conserve_re_lease_withdrawn", "Directives withdrawn before they were followed", value=counters.withdrawn
+    )
+    yield CounterMetricFamily(
+        "conserve_lost_caches", "Follow-up turns that found far less KV than was left", value=counters.lost_caches
+    )
 
 
 def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Metric]:
@@ -122,6 +143,15 @@ def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Met
     )
     leased = GaugeMetricFamily(
         "conserve_decoder_kv_leased_tokens", "KV tokens held by live leases", labels=["engine_id"]
+    )
+    active = GaugeMetricFamily(
+        "conserve_decoder_kv_active_tokens", "KV tokens held by leases that are active", labels=["engine_id"]
+    )
+    share = GaugeMetricFamily(
+        "conserve_engine_prefill_share_ratio", "Share of time with prefill work, averaged", labels=["engine_id"]
+    )
+    lost = GaugeMetricFamily(
+        "conserve_engine_lost_caches", "Caches lost between turns since the engine's start", labels=["engine_id"]
     )
     backlog = GaugeMetricFamily(
         "conserve_engine_backlog_tokens", "Prompt tokens dispatched, first token not yet seen", labels=["engine_id"]
@@ -137,9 +167,12 @@ def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Met
         capacity = view.kv_capacity_tokens
         occupancy.add_metric([name], view.kv_leased_tokens / capacity if capacity else 0.0)
         leased.add_metric([name], view.kv_leased_tokens)
+        active.add_metric([name], view.kv_active_tokens)
+        share.add_metric([name], view.prefill_share_ppm / MILLION)
+        lost.add_metric([name], view.lost_caches)
         backlog.add_metric([name], view.backlog_tokens)
         if view.observed_at_ms is not None:
             age.add_metric([name], (now_ms - view.observed_at_ms) / 1000)
         for each in EngineState:
             state.add_metric([name, each.value], each is view.state)
-    return occupancy, leased, backlog, age, state
+    return occupancy, leased, active, share, lost, backlog, age, state

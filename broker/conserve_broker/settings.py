@@ -34,7 +34,7 @@ from conserve_broker._config_tables import (
 from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import Ms
+from conserve_sdk.core.units import Ms, Tokens
 from conserve_sdk.tokens import SigningKey
 
 __all__ = [
@@ -109,6 +109,7 @@ class BrokerConfig(Table):
             observation_max_age_ms=Ms(scrape.observation_max_age_ms),
             leases_max=admission.leases_max,
             leases_per_tenant_max=admission.leases_per_tenant_max,
+            leased_tokens_per_tenant_max=Tokens(admission.leased_tokens_per_tenant_max),
             queue_max=admission.queue_max,
             wait_max_ms=Ms(admission.wait_max_ms),
             retry_after_ms=Ms(admission.retry_after_ms),

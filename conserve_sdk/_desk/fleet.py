@@ -5,7 +5,7 @@ from __future__ import annotations
 from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.problems import engine_unknown
 from conserve_sdk._desk.visit import Visit
-from conserve_sdk._desk.wire import engine_info, fleet_info
+from conserve_sdk._desk.wire import advice_info, engine_info, fleet_info
 from conserve_sdk.core import EngineView
 from conserve_sdk.core.events import EngineDrained
 from conserve_sdk.core.units import EngineId
@@ -36,6 +36,11 @@ def undrain_engine(visit: Visit, _: None) -> Reply:
 def read_fleet(visit: Visit, _: None) -> Reply:
     """`GET /v1/fleet`."""
     return Reply(status=200, body=fleet_info(visit.core, preset=visit.preset, now_ms=visit.now_ms))
+
+
+def read_advice(visit: Visit, _: None) -> Reply:
+    """`GET /v1/advice`."""
+    return Reply(status=200, body=advice_info(visit.core, preset=visit.preset))
 
 
 def _drained(visit: Visit, *, draining: bool) -> Reply:

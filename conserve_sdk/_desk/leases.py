@@ -12,10 +12,21 @@ from conserve_sdk.core.events import (
     LeaseReleased,
     LeaseRequested,
     LeaseVerdict,
+    SupersedeCause,
     SupersedeRequested,
 )
 from conserve_sdk.core.lease import LeaseKey
-from conserve_sdk.core.units import ConversationId, EngineId, LeaseId, LineageId, ModelName, Ms, RequestId, Tokens
+from conserve_sdk.core.units import (
+    ConversationId,
+    EngineId,
+    LeaseId,
+    LineageId,
+    ModelName,
+    Ms,
+    PrefixKey,
+    RequestId,
+    Tokens,
+)
 from conserve_sdk.protocol import LeaseRequest, LeaseStatus, SupersedeRequest, TokenBody
 from conserve_sdk.tokens import LeaseClaims
 
@@ -38,6 +49,8 @@ def request_lease(visit: Visit, body: LeaseRequest) -> Reply | RequestId:
             first_turn_input_bytes=body.first_turn_input_bytes,
             deadline_at_ms=Ms(visit.now_ms + body.wait_ms),
             hint=None if body.hint_engine_id is None else EngineId(body.hint_engine_id),
+            parent_lease_id=None if body.parent_lease_id is None else LeaseId(body.parent_lease_id),
+            prefix_key=PrefixKey(body.prefix_key or ""),
         )
     )
     return visit.settled(request_id)
@@ -62,6 +75,8 @@ def supersede_lease(visit: Visit, body: SupersedeRequest) -> Reply | RequestId:
             first_turn_input_bytes=body.first_turn_input_bytes,
             deadline_at_ms=Ms(visit.now_ms + body.wait_ms),
             failed_engine_id=None if body.failed_engine_id is None else EngineId(body.failed_engine_id),
+            cause=SupersedeCause(body.cause),
+            cached_tokens=Tokens(body.cached_tokens),
         )
     )
     return visit.settled(request_id)
@@ -114,6 +129,8 @@ def status_of(visit: Visit, claims: LeaseClaims, answer: LeaseAnswered) -> Lease
         verdict=answer.verdict.value,
         expires_in_ms=lease.expires_at_ms - visit.now_ms,
         token=visit.fresh_token(lease, claims),
+        directive=answer.directive.value,
+        directive_reason="" if answer.move_reason is None else answer.move_reason.value,
     )
 
 

@@ -16,6 +16,7 @@ _REFUSED = {
     RefusalReason.UNKNOWN_MODEL: (404, "Unknown model"),
     RefusalReason.PROMPT_TOO_LONG: (422, "Prompt too long"),
     RefusalReason.QUEUE_FULL: (429, "Too many requests wait"),
+    RefusalReason.OVER_QUOTA: (429, "Over the tenant's quota"),
     RefusalReason.TOO_MANY_LEASES: (429, "Too many leases"),
 }
 _FIELDS_SHOWN = 3

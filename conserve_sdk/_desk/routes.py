@@ -15,6 +15,7 @@ from conserve_sdk._desk.problems import no_route
 from conserve_sdk._desk.visit import Visit
 from conserve_sdk.core.units import RequestId
 from conserve_sdk.protocol import (
+    AdviceInfo,
     BatchAnswer,
     EngineInfo,
     EngineList,
@@ -194,6 +195,14 @@ ROUTES: tuple[Route[Any], ...] = (
         summary="The fleet, its leases and the broker's main counters",
         handle=fleet.read_fleet,
         answer=FleetInfo,
+    ),
+    Route(
+        method="GET",
+        path="/v1/advice",
+        name="read_advice",
+        summary="Which preset and how many prefillers the observed figures call for, and why",
+        handle=fleet.read_advice,
+        answer=AdviceInfo,
     ),
 )
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from conserve_sdk.core import Broker, EngineView
+from conserve_sdk.core import Advice, Broker, EngineView
 from conserve_sdk.core.lease import EngineBinding, Lease
 from conserve_sdk.core.receipt import CandidateView, Receipt
 from conserve_sdk.core.units import EngineId, Ms
 from conserve_sdk.protocol import (
+    AdviceInfo,
     Binding,
     CandidateInfo,
     DecisionInfo,
     EngineInfo,
+    FindingInfo,
     FleetInfo,
     LeaseExplanation,
     LeaseGrant,
+    ModelAdvice,
 )
 
 RENEWALS_PER_TTL = 3
@@ -49,6 +52,9 @@ def _candidate_info(candidate: CandidateView) -> CandidateInfo:
         running=candidate.running,
         rate_tokens_per_s=candidate.rate_tokens_per_s,
         score_us=candidate.score_us,
+        active_tokens=candidate.active_tokens,
+        prefill_share_ppm=candidate.prefill_share_ppm,
+        uncached_tokens=candidate.uncached_tokens,
     )
 
 
@@ -131,6 +137,34 @@ def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
         block_size_tokens=view.block_size_tokens,
         max_model_len_tokens=view.max_model_len_tokens,
         draining=view.draining,
+        kv_active_tokens=view.kv_active_tokens,
+        host_tier_tokens=view.spec.host_tier_tokens,
+        prefill_share_ppm=view.prefill_share_ppm,
+        lost_caches=view.lost_caches,
+    )
+
+
+def advice_info(core: Broker, *, preset: str) -> AdviceInfo:
+    """What the figures of each model call for."""
+    return AdviceInfo(preset=preset, models=tuple(_model_advice(advice) for advice in core.advice()))
+
+
+def _model_advice(advice: Advice) -> ModelAdvice:
+    return ModelAdvice(
+        model=advice.model,
+        preset=advice.preset,
+        prefillers=advice.prefillers,
+        decoders=advice.decoders,
+        sure=advice.sure,
+        engines_ready=advice.engines_ready,
+        prefillers_now=advice.prefillers_now,
+        kv_active_ppm=advice.kv_active_ppm,
+        prefill_work_ppm=advice.prefill_work_ppm,
+        grants=advice.grants.grants,
+        wait_p95_ms=advice.grants.wait_p95_ms,
+        first_turn_p50_tokens=advice.grants.first_turn_p50_tokens,
+        waiting=advice.waiting,
+        findings=tuple(FindingInfo(code=finding.code, text=finding.text) for finding in advice.findings),
     )
 
 

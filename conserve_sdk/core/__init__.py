@@ -4,9 +4,11 @@
 class runs in the service, in `conserve_sdk.testing` and in the simulator.
 """
 
+from conserve_sdk.core.advice import Advice, Finding
 from conserve_sdk.core.broker import Broker
 from conserve_sdk.core.events import (
     Decision,
+    Directive,
     DropReason,
     EngineConfigured,
     EngineDrained,
@@ -28,17 +30,20 @@ from conserve_sdk.core.events import (
     LeaseRequested,
     LeaseStored,
     LeaseVerdict,
+    MoveReason,
     Recovered,
     RefusalReason,
     Refused,
     RequestCancelled,
     Role,
+    SupersedeCause,
     SupersedeRequested,
     TimerFired,
     TurnFinished,
     TurnStarted,
     Waiting,
 )
+from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
 from conserve_sdk.core.settings import (
@@ -49,6 +54,7 @@ from conserve_sdk.core.settings import (
     BrokerSettings,
     PlacementSettings,
     PrefillChoice,
+    PrefillerHosts,
 )
 from conserve_sdk.core.units import (
     MILLION,
@@ -60,6 +66,7 @@ from conserve_sdk.core.units import (
     ModelName,
     Ms,
     Ppm,
+    PrefixKey,
     RequestId,
     TenantId,
     Tokens,
@@ -74,12 +81,14 @@ __all__ = [
     "PAPER",
     "PRESETS",
     "Activity",
+    "Advice",
     "Broker",
     "BrokerCounters",
     "BrokerSettings",
     "CandidateView",
     "ConversationId",
     "Decision",
+    "Directive",
     "DropReason",
     "EngineBinding",
     "EngineConfigured",
@@ -94,6 +103,8 @@ __all__ = [
     "EngineUnreachable",
     "EngineView",
     "Event",
+    "Finding",
+    "GrantFigures",
     "Granted",
     "Incarnation",
     "Lease",
@@ -111,10 +122,13 @@ __all__ = [
     "LineageId",
     "Mode",
     "ModelName",
+    "MoveReason",
     "Ms",
     "PlacementSettings",
     "Ppm",
     "PrefillChoice",
+    "PrefillerHosts",
+    "PrefixKey",
     "Receipt",
     "Recovered",
     "RefusalReason",
@@ -122,6 +136,7 @@ __all__ = [
     "RequestCancelled",
     "RequestId",
     "Role",
+    "SupersedeCause",
     "SupersedeRequested",
     "TenantId",
     "TimerFired",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from conserve_sdk.core._moving import append, re_lease
 from conserve_sdk.core._state import State
 from conserve_sdk.core.admission import Pending, Replacing
 from conserve_sdk.core.events import (
@@ -18,22 +19,34 @@ from conserve_sdk.core.events import (
     RefusalReason,
     Refused,
     RequestCancelled,
+    Role,
+    SupersedeCause,
     SupersedeRequested,
     Waiting,
 )
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, Mode
 from conserve_sdk.core.placement import NoPlacement, Placement, Wanted, place, refusal_receipt
+from conserve_sdk.core.prefill import append_threshold_tokens
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, LeaseId, Ms, Tokens
 from conserve_sdk.core.views import EngineView
 
 
 def request_lease(state: State, event: LeaseRequested) -> None:
     """Grant, or re-grant the live lease of the key."""
-    _take(state, _pending(state, event, lease_id=event.lease_id, hint=event.hint))
+    parent = None if event.parent_lease_id is None else state.leases.get(event.parent_lease_id)
+    of_tenant = parent is not None and parent.key.tenant == event.key.tenant
+    pending = _pending(state, event, lease_id=event.lease_id)
+    pending.hint = event.hint
+    pending.parent = parent.decoder.engine_id if parent is not None and of_tenant else None
+    pending.prefix_key = event.prefix_key
+    _take(state, pending)
 
 
 def supersede(state: State, event: SupersedeRequested) -> None:
-    """Replace a lease, if it is still the live one with this epoch; else answer the one that is."""
+    """Replace a lease, if it is still the live one with this epoch; else answer the one that is.
+
+    A move that is not worth it is answered with the live lease; it never waits for room.
+    """
     pending = _pending(
         state,
         event,
@@ -41,7 +54,18 @@ def supersede(state: State, event: SupersedeRequested) -> None:
         replacing=Replacing(lease_id=event.lease_id, epoch=event.epoch),
         failed_engine_id=event.failed_engine_id,
     )
-    _take(state, pending)
+    live = _replaced(state, pending)
+    if live is None or event.cause is SupersedeCause.FAILURE:
+        _take(state, pending)
+        return
+    _check_ids(state, pending)
+    move = re_lease if event.cause is SupersedeCause.RE_LEASE else append
+    placement = move(state, live, pending, cached_tokens=event.cached_tokens)
+    if placement is None:
+        state.counters.stayed[event.cause] += 1
+        _reuse(state, pending, live)
+    else:
+        _grant(state, pending, placement)
 
 
 def cancel(state: State, event: RequestCancelled) -> None:
@@ -75,7 +99,6 @@ def _pending(
     event: LeaseRequested | SupersedeRequested,
     *,
     lease_id: LeaseId,
-    hint: EngineId | None = None,
     replacing: Replacing | None = None,
     failed_engine_id: EngineId | None = None,
 ) -> Pending:
@@ -89,7 +112,6 @@ def _pending(
         exact=exact,
         asked_at_ms=event.now_ms,
         deadline_at_ms=Ms(min(event.deadline_at_ms, event.now_ms + state.settings.wait_max_ms)),
-        hint=hint,
         replacing=replacing,
         failed_engine_id=failed_engine_id,
     )
@@ -98,9 +120,13 @@ def _pending(
 # ---- trying -------------------------------------------------------------------------------------------------
 
 
-def _take(state: State, pending: Pending) -> None:
+def _check_ids(state: State, pending: Pending) -> None:
     assert pending.request_id not in state.queue, f"request {pending.request_id} already waits"
     assert state.leases.get(pending.lease_id) is None, f"lease id {pending.lease_id} is already live"
+
+
+def _take(state: State, pending: Pending) -> None:
+    _check_ids(state, pending)
     live = _live_answer(state, pending)
     if live is not None:
         _reuse(state, pending, live)
@@ -152,16 +178,29 @@ def _bounded(reason: RefusalReason, detail: str) -> NoPlacement:
 
 def _wanted(state: State, pending: Pending) -> Wanted:
     replaced = _replaced(state, pending)
+    freed_tokens = Tokens(0) if replaced is None else replaced.ledger_tokens
+    tenant_tokens = state.occupancy.held_by(pending.key.tenant) - freed_tokens
     return Wanted(
         model=pending.key.model,
         input_tokens=pending.input_tokens,
         exact=pending.exact,
+        parent=pending.parent,
         hint=pending.hint,
+        quota_tokens=state.settings.leased_tokens_per_tenant_max,
+        tenant_tokens=Tokens(tenant_tokens),
+        cached=_cached(state, pending),
         failed_engine_id=pending.failed_engine_id,
         freed_engine_id=None if replaced is None else replaced.decoder.engine_id,
-        freed_tokens=Tokens(0) if replaced is None else replaced.ledger_tokens,
+        freed_tokens=freed_tokens,
         waited_ms=state.now_ms - pending.asked_at_ms,
     )
+
+
+def _cached(state: State, pending: Pending) -> dict[EngineId, Tokens]:
+    engines = state.fleet.views_of_model(pending.key.model)
+    if pending.replacing is not None:
+        return state.prefixes.cached_by(pending.replacing.lease_id, engines)
+    return state.prefixes.cached(pending.key.model, pending.prefix_key, engines) if pending.prefix_key else {}
 
 
 def _over_bounds(state: State, pending: Pending) -> bool:
@@ -193,15 +232,26 @@ def _live_answer(state: State, pending: Pending) -> Lease | None:
 def _grant(state: State, pending: Pending, placement: Placement) -> None:
     state.queue.remove(pending.request_id)
     replaced = _replaced(state, pending)
+    state.prefixes.enter(pending.lease_id, pending.key.model, pending.prefix_key)
     if replaced is not None:
+        state.prefixes.succeed(replaced.lease_id, pending.lease_id)
         state.drop(replaced, DropReason.SUPERSEDED)
     lease = _new_lease(state, pending, placement)
     state.enter(lease)
-    state.fleet.dispatch_prefill(lease, tokens=placement.input_tokens, now_ms=state.now_ms)
+    state.fleet.dispatch_prefill(lease, tokens=placement.uncached_tokens, now_ms=state.now_ms)
     state.store(lease)
-    state.counters.granted += 1
+    _count_grant(state, pending, placement)
     state.out.append(Granted(request_id=pending.request_id, lease=lease, reused=False))
     answer_waiting(state, lease)
+
+
+def _count_grant(state: State, pending: Pending, placement: Placement) -> None:
+    counters, receipt = state.counters, placement.receipt
+    counters.granted += 1
+    counters.decoder_rules[receipt.rule] = counters.decoder_rules.get(receipt.rule, 0) + 1
+    counters.prefill_rules[receipt.prefill_rule] = counters.prefill_rules.get(receipt.prefill_rule, 0) + 1
+    if pending.replacing is None:
+        state.figures.granted(pending.key.model, waited_ms=receipt.waited_ms, uncached_tokens=placement.uncached_tokens)
 
 
 def _new_lease(state: State, pending: Pending, placement: Placement) -> Lease:
@@ -218,10 +268,22 @@ def _new_lease(state: State, pending: Pending, placement: Placement) -> Lease:
         expires_at_ms=state.expiry_ms(state.settings.ttl_ms),
         ledger_tokens=placement.need_tokens,
         hold_ms=_hold_ms(state, placement),
-        append_threshold_tokens=Tokens(0),
+        append_threshold_tokens=_append_threshold(state, pending, placement),
         supersedes=None if replacing is None else replacing.lease_id,
         receipt=placement.receipt,
         activity_since_ms=state.now_ms,
+    )
+
+
+def _append_threshold(state: State, pending: Pending, placement: Placement) -> Tokens:
+    engines = state.fleet.views_of_model(pending.key.model)
+    return append_threshold_tokens(
+        placement.decoder,
+        engines,
+        context_tokens=placement.need_tokens,
+        cached=state.prefixes.cached_by(pending.lease_id, engines),
+        settings=state.settings,
+        now_ms=state.now_ms,
     )
 
 
@@ -232,6 +294,8 @@ def _binding(view: EngineView) -> EngineBinding:
 def _hold_ms(state: State, placement: Placement) -> Ms:
     """How long the decoder may hold this lease's blocks: not at all once holding leases would fill its share."""
     decoder, settings = placement.decoder, state.settings
+    if decoder.spec.role is Role.PREFILLER:
+        return Ms(0)  # what it hosts must leave it free to prefill
     holding = decoder.kv_holding_tokens + placement.need_tokens
     if holding * MILLION > settings.hold_share_ppm * decoder.kv_capacity_tokens:
         return Ms(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from conserve_sdk.core._granting import answer_waiting
+from conserve_sdk.core._moving import directive
 from conserve_sdk.core._state import State
 from conserve_sdk.core.events import (
     DropReason,
@@ -30,7 +31,8 @@ def renew(state: State, event: LeaseRenewed) -> None:
     if lease is None:
         return
     state.counters.renewed += 1
-    state.answer_ok(lease if lease.activity is Activity.PARKED else state.extend(lease))
+    lease = lease if lease.activity is Activity.PARKED else state.extend(lease)
+    state.answer_ok(lease, directive(state, lease))
 
 
 def turn_started(state: State, event: TurnStarted) -> None:
@@ -42,7 +44,7 @@ def turn_started(state: State, event: TurnStarted) -> None:
     ledger_tokens = Tokens(max(lease.ledger_tokens, event.input_tokens))
     if lease.activity is not Activity.BUSY or ledger_tokens != lease.ledger_tokens:
         lease = _change(state, lease, activity=Activity.BUSY, ledger_tokens=ledger_tokens)
-    state.answer_ok(lease)
+    state.answer_ok(lease, directive(state, lease))
 
 
 def turn_finished(state: State, event: TurnFinished) -> None:
@@ -63,7 +65,9 @@ def turn_finished(state: State, event: TurnFinished) -> None:
         turns=lease.turns + 1,
         migrations=migrations,
     )
-    state.answer_ok(lease)
+    if event.context_tokens:
+        state.contexts[lease.lease_id] = event.context_tokens
+    state.answer_ok(lease, directive(state, lease))
 
 
 def park(state: State, event: LeaseParked) -> None:
@@ -161,6 +165,12 @@ def _change(
 def _learn(state: State, lease: Lease, event: TurnFinished) -> None:
     ahead_tokens = state.fleet.finish_prefill(lease)
     state.ratios.learn(lease.key.model, prompt_tokens=event.prompt_tokens, prompt_bytes=event.prompt_bytes)
+    if lease.turns == 0:
+        state.prefixes.learn(lease, cached_tokens=event.cached_tokens)
+    context_tokens = state.contexts.get(lease.lease_id, 0)
+    state.counters.lost_caches += state.fleet.learn_cached(
+        lease, expected_tokens=min(context_tokens, event.prompt_tokens), cached_tokens=event.cached_tokens
+    )
     engine_id = event.prefill_engine_id
     bound = [binding.engine_id for binding in (lease.prefiller, lease.decoder) if binding is not None]
     if engine_id is not None and engine_id in bound:

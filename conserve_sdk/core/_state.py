@@ -12,19 +12,24 @@ from conserve_sdk.core.admission import AdmissionQueue
 from conserve_sdk.core.estimates import TokensPerByte
 from conserve_sdk.core.events import (
     Decision,
+    Directive,
     DropReason,
     EngineStateChanged,
     LeaseAnswered,
     LeaseDropped,
     LeaseStored,
     LeaseVerdict,
+    MoveReason,
 )
+from conserve_sdk.core.figures import Figures
 from conserve_sdk.core.fleet import Fleet
+from conserve_sdk.core.idleness import Idleness
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.lease_table import LeaseTable, Tombstones
 from conserve_sdk.core.occupancy import Occupancy
+from conserve_sdk.core.prefixes import SharedPrefixes
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import EngineId, LeaseId, Ms
+from conserve_sdk.core.units import EngineId, LeaseId, Ms, Tokens
 from conserve_sdk.core.views import BrokerCounters
 
 _VERDICTS = {
@@ -44,6 +49,8 @@ class State:
         now_ms: instant of the event in hand.
         grace_until_ms: nothing expires before it.
         out: decisions of the event in hand, in order.
+        contexts: KV that the last turn of a live lease left on its decoder; only known ones.
+        directives: leases that were told to move and have not yet.
         room_may_have_appeared: whether waiting requests deserve another try.
     """
 
@@ -60,6 +67,11 @@ class State:
         self.fleet = Fleet(settings, self.occupancy)
         self.queue = AdmissionQueue()
         self.ratios = TokensPerByte()
+        self.prefixes = SharedPrefixes()
+        self.figures = Figures()
+        self.idleness = Idleness(idle_after_ms=settings.placement.idle_after_ms)
+        self.contexts: dict[LeaseId, Tokens] = {}
+        self.directives: dict[LeaseId, MoveReason] = {}
 
     # ---- leases ----
 
@@ -70,7 +82,7 @@ class State:
     def enter(self, lease: Lease) -> None:
         """A lease goes live: granted, re-adopted or recovered."""
         self.leases.add(lease)
-        self.occupancy.add(lease)
+        self._count(lease)
         self.fleet.touch(lease.decoder.engine_id)
 
     def store(self, lease: Lease) -> None:
@@ -80,11 +92,11 @@ class State:
     def update(self, before: Lease, after: Lease) -> None:
         """A live lease changed in more than its expiry."""
         self.leases.replace(after)
-        self.occupancy.remove(before)
-        self.occupancy.add(after)
+        self._uncount(before)
+        self._count(after)
         self.fleet.touch(after.decoder.engine_id)
         self.store(after)
-        if after.ledger_tokens < before.ledger_tokens:
+        if after.ledger_tokens < before.ledger_tokens or self.idleness.is_cold(after.lease_id):
             self.room_may_have_appeared = True
 
     def extend(self, lease: Lease) -> Lease:
@@ -99,7 +111,10 @@ class State:
     def drop(self, lease: Lease, reason: DropReason) -> None:
         """A lease ends, for whatever reason."""
         self.leases.remove(lease.lease_id)
-        self.occupancy.remove(lease)
+        self._uncount(lease)
+        self.contexts.pop(lease.lease_id, None)
+        self.directives.pop(lease.lease_id, None)
+        self.prefixes.forget(lease.lease_id)
         self.fleet.finish_prefill(lease)
         self.fleet.touch(lease.decoder.engine_id)
         # A token stays valid for up to two TTLs after it was signed; parking shortens the lease, not its tokens.
@@ -120,11 +135,42 @@ class State:
         for lease in self.leases.of_decoder(engine_id):
             self.drop(lease, reason)
 
+    def next_cooling_ms(self) -> Ms | None:
+        """When the next idle lease stops counting as active; asked for only while somebody waits for room."""
+        return self.idleness.next_ms() if len(self.queue) else None
+
+    def cool(self) -> None:
+        """Idle leases whose time has come no longer count as active on decoders with a host tier."""
+        while (lease_id := self.idleness.first_due(self.now_ms)) is not None:
+            lease = self.leases.get(lease_id)
+            assert lease is not None, f"idle lease {lease_id} is not live"
+            self.occupancy.cool(lease, sign=1)
+            self.fleet.touch(lease.decoder.engine_id)
+            self.room_may_have_appeared = True
+
+    def _count(self, lease: Lease) -> None:
+        self.occupancy.add(lease)
+        if self.settings.placement.idle_aware and self.idleness.follow(lease, now_ms=self.now_ms):
+            self.occupancy.cool(lease, sign=1)
+
+    def _uncount(self, lease: Lease) -> None:
+        if self.idleness.forget(lease.lease_id):
+            self.occupancy.cool(lease, sign=-1)
+        self.occupancy.remove(lease)
+
     # ---- answers ----
 
-    def answer_ok(self, lease: Lease) -> None:
-        """Say yes, with the lease as it is now."""
-        self.out.append(LeaseAnswered(lease_id=lease.lease_id, verdict=LeaseVerdict.OK, lease=lease))
+    def answer_ok(self, lease: Lease, move: MoveReason | None = None) -> None:
+        """Say yes, with the lease as it is now, and whether it should move before its next turn."""
+        self.out.append(
+            LeaseAnswered(
+                lease_id=lease.lease_id,
+                verdict=LeaseVerdict.OK,
+                lease=lease,
+                directive=Directive.NONE if move is None else Directive.RE_LEASE,
+                move_reason=move,
+            )
+        )
 
     def answer_dead(self, lease_id: LeaseId) -> None:
         """Say what became of a lease that is not live."""

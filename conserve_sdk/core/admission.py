@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conserve_sdk.core.lease import LeaseKey
-from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, RequestId, TenantId, Tokens
+from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, PrefixKey, RequestId, TenantId, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class Pending:
     Attributes:
         exact: whether `input_tokens` is a count or an estimate from bytes.
         deadline_at_ms: first instant at which it no longer waits.
+        parent: decoder of the lease that its lineage branched off.
     """
 
     request_id: RequestId
@@ -40,6 +41,8 @@ class Pending:
     asked_at_ms: Ms
     deadline_at_ms: Ms
     hint: EngineId | None = None
+    parent: EngineId | None = None
+    prefix_key: PrefixKey = PrefixKey("")
     replacing: Replacing | None = None
     failed_engine_id: EngineId | None = None
 
@@ -66,6 +69,10 @@ class AdmissionQueue:
         """How many stand before a newcomer of this tenant and model."""
         lines = self._lines.get(key.model)
         return 0 if lines is None else len(lines.get(key.tenant, ()))
+
+    def waiting_for(self, model: ModelName) -> int:
+        """How many wait for a model."""
+        return sum(len(line) for line in self._lines.get(model, {}).values())
 
     def add(self, pending: Pending) -> None:
         """Append to the tenant's line."""

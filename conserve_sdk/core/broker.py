@@ -8,7 +8,9 @@ from typing import Any
 
 from conserve_sdk.core import _engines, _granting, _reporting, events
 from conserve_sdk.core._state import State
+from conserve_sdk.core.advice import Advice, advise
 from conserve_sdk.core.events import Decision, Event
+from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import LeaseId, ModelName, Ms, Ppm
@@ -67,7 +69,12 @@ class Broker:
     def next_deadline_ms(self) -> Ms | None:
         """The next instant at which something happens by itself; always later than the last event."""
         state = self._state
-        deadlines = (state.leases.next_expiry_ms(), state.fleet.next_deadline_ms(), state.queue.next_deadline_ms())
+        deadlines = (
+            state.leases.next_expiry_ms(),
+            state.fleet.next_deadline_ms(),
+            state.queue.next_deadline_ms(),
+            state.next_cooling_ms(),
+        )
         return min((at_ms for at_ms in deadlines if at_ms is not None), default=None)
 
     # ---- reading ----
@@ -100,7 +107,33 @@ class Broker:
     def counters(self) -> BrokerCounters:
         """A copy of the totals since the start."""
         counters = self._state.counters
-        return replace(counters, refused=dict(counters.refused))
+        return replace(
+            counters,
+            refused=dict(counters.refused),
+            decoder_rules=dict(counters.decoder_rules),
+            prefill_rules=dict(counters.prefill_rules),
+            directives=dict(counters.directives),
+            moved=dict(counters.moved),
+            stayed=dict(counters.stayed),
+        )
+
+    def grant_figures(self, model: ModelName) -> GrantFigures:
+        """Waits and first turns of the model's last grants."""
+        return self._state.figures.of(model)
+
+    def advice(self) -> tuple[Advice, ...]:
+        """What the figures of each configured model call for, ordered by its name."""
+        state = self._state
+        return tuple(
+            advise(
+                model,
+                state.fleet.views_of_model(model),
+                grants=state.figures.of(model),
+                waiting=state.queue.waiting_for(model),
+                placement=state.settings.placement,
+            )
+            for model in sorted({view.spec.model for view in state.fleet.views()})
+        )
 
     def tokens_per_byte_ppm(self, model: ModelName) -> Ppm:
         """The ratio that turns prompt bytes into tokens for a model, as observed so far."""
@@ -112,6 +145,7 @@ class Broker:
         state = self._state
         state.tombstones.prune(state.now_ms)
         _reporting.expire_due(state)
+        state.cool()
         _engines.advance(state)
         _granting.admit_waiting(state)
         _granting.refuse_overdue(state)

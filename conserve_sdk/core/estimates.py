@@ -45,6 +45,15 @@ class TokensPerByte:
         return Tokens(-(-prompt_bytes * self.ppm(model) // MILLION))
 
 
+def averaged_share_ppm(share_ppm: int, *, sample_ppm: int, span_ms: int, window_ms: int) -> Ppm:
+    """An exponential average over time after one more sample that held for `span_ms`; whole parts per million.
+
+    The weight `span / (window + span)` never exceeds 1, whatever the time between two samples.
+    """
+    sample = _clamped(sample_ppm, 0, MILLION)
+    return Ppm((share_ppm * window_ms + sample * span_ms) // (window_ms + span_ms))
+
+
 def averaged_rate(rate_tokens_per_s: int, *, tokens: int, took_ms: Ms) -> int:
     """A prefill rate after one more sample, which weighs a quarter; the first one counts in full.
 

@@ -17,6 +17,7 @@ from conserve_sdk.core.units import (
     LeaseId,
     ModelName,
     Ms,
+    PrefixKey,
     RequestId,
     Tokens,
     TransferGroup,
@@ -53,6 +54,7 @@ class RefusalReason(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     PROMPT_TOO_LONG = "prompt_too_long"
     QUEUE_FULL = "queue_full"
+    OVER_QUOTA = "over_quota"
     TOO_MANY_LEASES = "too_many_leases"
 
 
@@ -65,6 +67,31 @@ class LeaseVerdict(StrEnum):
     SUPERSEDED = "superseded"
     ENGINE_LOST = "engine_lost"
     """The lease's decoder restarted or is gone: the KV cache is lost, ask for a new lease."""
+
+
+class SupersedeCause(StrEnum):
+    """Why a holder asks for another lease."""
+
+    FAILURE = "failure"
+    """The decoder could not answer."""
+    RE_LEASE = "re_lease"
+    """The broker's directive is being followed."""
+    APPEND = "append"
+    """The next turn brings more new tokens than `append_threshold_tokens`."""
+
+
+class Directive(StrEnum):
+    """What a holder is told to do before its next turn."""
+
+    NONE = "none"
+    RE_LEASE = "re_lease"
+
+
+class MoveReason(StrEnum):
+    """Why a lease should move to another decoder."""
+
+    DRAINING = "draining"
+    LOAD = "load"
 
 
 class DropReason(StrEnum):
@@ -91,6 +118,8 @@ class EngineSpec:
         kv_capacity_tokens: overrides the scraped capacity when not 0.
         block_size_tokens: expected KV block size, checked against the scrape when not 0.
         max_model_len_tokens: longest prompt + output; scraped when 0.
+        host_tier_tokens: tokens of KV that the engine can keep in host memory (vLLM: OffloadingConnector) and load
+            back; 0: it has no host tier.
         max_hold_ms: the engine's own `kv_lease_duration`: how long it can hold a finished turn's blocks; 0: cannot.
     """
 
@@ -103,6 +132,7 @@ class EngineSpec:
     block_size_tokens: Tokens = Tokens(0)
     max_model_len_tokens: Tokens = Tokens(0)
     max_hold_ms: Ms = Ms(0)
+    host_tier_tokens: Tokens = Tokens(0)
     tier: str = ""
 
 
@@ -175,7 +205,9 @@ class LeaseRequested:
         first_turn_input_tokens: exact count, or 0 when the client has none.
         first_turn_input_bytes: size of the prompt's text; converted with the observed ratio when tokens are 0.
         deadline_at_ms: until when the request may wait for admission; at or before `now_ms` means "do not wait".
-        hint: engine preferred as decoder within the configured slack (previous decoder, parent's decoder), or None.
+        hint: engine preferred as decoder within the configured slack (the lineage's previous decoder), or None.
+        parent_lease_id: lease of the lineage that this one branched off; its decoder is preferred before `hint`.
+        prefix_key: preamble that the prompt begins with, or "".
     """
 
     now_ms: Ms
@@ -186,6 +218,8 @@ class LeaseRequested:
     first_turn_input_bytes: int
     deadline_at_ms: Ms
     hint: EngineId | None = None
+    parent_lease_id: LeaseId | None = None
+    prefix_key: PrefixKey = PrefixKey("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,11 +227,12 @@ class SupersedeRequested:
     """Replace this lease by one with `epoch + 1` (compare-and-set on `epoch`).
 
     If the live lease of the key already has a higher epoch, that one is answered (ten concurrent failures make one
-    new lease). If `lease_id` is no longer live and no other lease of `key` is, the request is a grant with
-    `epoch + 1`.
+    new lease). For the causes `RE_LEASE` and `APPEND` the live lease itself may be the answer (`reused`): stay. If
+    `lease_id` is no longer live and no other lease of `key` is, the request is a grant with `epoch + 1`.
 
     Attributes:
         failed_engine_id: engine that must not be chosen again by this request, or None.
+        cached_tokens: tokens of the prompt that the lease's decoder is believed to hold.
     """
 
     now_ms: Ms
@@ -211,6 +246,8 @@ class SupersedeRequested:
     first_turn_input_bytes: int
     deadline_at_ms: Ms
     failed_engine_id: EngineId | None = None
+    cause: SupersedeCause = SupersedeCause.FAILURE
+    cached_tokens: Tokens = Tokens(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,13 +412,16 @@ class Waiting:
 class LeaseAnswered:
     """Answer to a renewal, report, park, release or re-adoption. `lease` is None unless the verdict is OK.
 
-    `successor` names the live lease of the same key when the verdict is `SUPERSEDED`.
+    `successor` names the live lease of the same key when the verdict is `SUPERSEDED`. `directive` stands until a later
+    answer says `NONE`.
     """
 
     lease_id: LeaseId
     verdict: LeaseVerdict
     lease: Lease | None = None
     successor: LeaseId | None = None
+    directive: Directive = Directive.NONE
+    move_reason: MoveReason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from conserve_sdk.core.backlog import Backlog
-from conserve_sdk.core.estimates import averaged_rate
+from conserve_sdk.core.estimates import SAMPLE_MIN_TOKENS, averaged_rate, averaged_share_ppm
 from conserve_sdk.core.events import (
     EngineFailureReported,
     EngineObserved,
@@ -35,7 +35,7 @@ from conserve_sdk.core.events import (
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.occupancy import Occupancy
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import EngineId, Incarnation, ModelName, Ms, Tokens
+from conserve_sdk.core.units import MILLION, EngineId, Incarnation, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
 
 
@@ -57,6 +57,12 @@ class _Engine:
     """When and how a client last failed on the current incarnation."""
     misfit: str = ""
     rate_tokens_per_s: int = 0
+    prefill_share_ppm: Ppm = Ppm(MILLION)
+    """Starts at "busy": what is not known to have time to spare hosts nothing."""
+    reports_cached: bool = False
+    """Whether it ever told a client how much it had cached (vLLM: `--enable-prompt-tokens-details`)."""
+    lost_caches: int = 0
+    lost_share_ppm: Ppm = Ppm(0)
     backlog: Backlog = field(default_factory=Backlog)
 
 
@@ -146,11 +152,13 @@ class Fleet:
         before = engine.seen
         if before is not None and before.incarnation == event.incarnation:
             another = False
-            _read_prefill_counters(engine, before, event)
+            self._read_prefill_counters(engine, before, event)
         else:
             another = True
             engine.seen_first = next(self._observations)
             engine.backlog.clear()
+            engine.prefill_share_ppm = Ppm(MILLION)
+            engine.lost_caches, engine.lost_share_ppm = 0, Ppm(0)
         engine.seen = event
         engine.failing = ""
         self._failing.pop(event.engine_id, None)
@@ -194,7 +202,7 @@ class Fleet:
 
     def dispatch_prefill(self, lease: Lease, *, tokens: Tokens, now_ms: Ms) -> None:
         """The first turn of a fresh lease is on its way to the engine that prefills it."""
-        engine_id = _prefilling(lease)
+        engine_id = prefilling(lease)
         self._engines[engine_id].backlog.dispatch(lease.lease_id, tokens=tokens, now_ms=now_ms)
         if self._prune_at_ms is None:
             self._prune_at_ms = Ms(now_ms + self._settings.backlog_max_age_ms)
@@ -202,7 +210,7 @@ class Fleet:
 
     def finish_prefill(self, lease: Lease) -> int:
         """The first turn ended or never will; returns the tokens that stood before it when it was dispatched."""
-        engine = self._engines.get(_prefilling(lease))
+        engine = self._engines.get(prefilling(lease))
         if engine is None:
             return 0
         self.touch(engine.spec.engine_id)
@@ -215,7 +223,43 @@ class Fleet:
             engine.rate_tokens_per_s = averaged_rate(engine.rate_tokens_per_s, tokens=tokens, took_ms=took_ms)
             self.touch(engine_id)
 
+    def learn_cached(self, lease: Lease, *, expected_tokens: int, cached_tokens: int) -> bool:
+        """A follow-up turn ended on its decoder; returns whether it found far less of its KV than it had left there.
+
+        Args:
+            lease: the lease.
+            expected_tokens: the context of the turn before; 0 when unknown, as for first turns.
+            cached_tokens: what the engine said it had cached; engines that never say it are not judged.
+        """
+        engine = self._engines.get(lease.decoder.engine_id)
+        if engine is None:
+            return False
+        engine.reports_cached = engine.reports_cached or cached_tokens > 0
+        if not engine.reports_cached or expected_tokens < SAMPLE_MIN_TOKENS:
+            return False
+        lost = 2 * cached_tokens < expected_tokens
+        engine.lost_caches += lost
+        engine.lost_share_ppm = Ppm((7 * engine.lost_share_ppm + MILLION * lost) // 8)
+        self.touch(engine.spec.engine_id)
+        return lost
+
     # ---- inside ----
+
+    def _read_prefill_counters(self, engine: _Engine, before: EngineObserved, now: EngineObserved) -> None:
+        """What was prefilled between two scrapes of one incarnation leaves the backlog and tells rate and share."""
+        tokens = now.prefill_tokens_total - before.prefill_tokens_total
+        busy_ms = now.prefill_busy_ms_total - before.prefill_busy_ms_total
+        engine.backlog.drain(tokens)
+        if busy_ms > 0:
+            engine.rate_tokens_per_s = averaged_rate(engine.rate_tokens_per_s, tokens=tokens, took_ms=Ms(busy_ms))
+        span_ms = now.now_ms - before.now_ms
+        if span_ms > 0:
+            engine.prefill_share_ppm = averaged_share_ppm(
+                engine.prefill_share_ppm,
+                sample_ppm=_busy_share_ppm(engine, tokens=tokens, busy_ms=busy_ms, span_ms=span_ms),
+                span_ms=span_ms,
+                window_ms=self._settings.placement.prefill_share_window_ms,
+            )
 
     def _prune_backlogs(self, now_ms: Ms) -> None:
         max_age_ms = self._settings.backlog_max_age_ms
@@ -246,6 +290,9 @@ class Fleet:
         engine.seen = engine.reported = None
         engine.failing = engine.misfit = ""
         engine.rate_tokens_per_s = 0
+        engine.prefill_share_ppm = Ppm(MILLION)
+        engine.lost_caches, engine.lost_share_ppm = 0, Ppm(0)
+        engine.reports_cached = False
         engine.backlog.clear()
         self._failing.pop(engine.spec.engine_id, None)
 
@@ -327,7 +374,11 @@ class Fleet:
             kv_capacity_tokens=spec.kv_capacity_tokens or (seen.kv_capacity_tokens if seen else Tokens(0)),
             kv_used_tokens=seen.kv_used_tokens if seen else Tokens(0),
             kv_leased_tokens=Tokens(account.leased_tokens),
+            kv_active_tokens=Tokens(account.leased_tokens - (account.cold_tokens if spec.host_tier_tokens else 0)),
             kv_holding_tokens=Tokens(account.holding_tokens),
+            prefill_share_ppm=engine.prefill_share_ppm,
+            lost_caches=engine.lost_caches,
+            lost_share_ppm=engine.lost_share_ppm,
             leases=account.leases,
             busy=account.busy,
             running=seen.running if seen else 0,
@@ -339,7 +390,8 @@ class Fleet:
         )
 
 
-def _prefilling(lease: Lease) -> EngineId:
+def prefilling(lease: Lease) -> EngineId:
+    """The engine that prefills the lease's first turn."""
     return (lease.prefiller or lease.decoder).engine_id
 
 
@@ -361,10 +413,10 @@ def _counts_prefill_time(engine: _Engine) -> bool:
     return engine.seen is not None and engine.seen.prefill_busy_ms_total > 0
 
 
-def _read_prefill_counters(engine: _Engine, before: EngineObserved, now: EngineObserved) -> None:
-    """What the engine prefilled between two scrapes of one incarnation leaves the backlog and tells its rate."""
-    tokens = now.prefill_tokens_total - before.prefill_tokens_total
-    busy_ms = now.prefill_busy_ms_total - before.prefill_busy_ms_total
-    engine.backlog.drain(tokens)
-    if busy_ms > 0:
-        engine.rate_tokens_per_s = averaged_rate(engine.rate_tokens_per_s, tokens=tokens, took_ms=Ms(busy_ms))
+def _busy_share_ppm(engine: _Engine, *, tokens: int, busy_ms: int, span_ms: int) -> int:
+    """The share of a span in which an engine prefilled: counted, else its tokens over its rate, else "all of it"."""
+    if _counts_prefill_time(engine):
+        return busy_ms * MILLION // span_ms
+    if tokens > 0 and engine.rate_tokens_per_s == 0:
+        return MILLION
+    return tokens * 1_000 * MILLION // (max(engine.rate_tokens_per_s, 1) * span_ms)

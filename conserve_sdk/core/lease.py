@@ -68,8 +68,7 @@ class Lease:
             growth reserve), the exact context after each report.
         migrations: 1 once the single KV transfer was reported, else 0.
         hold_ms: how long the decoder is asked to keep a finished turn's blocks; 0 for "do not hold".
-        append_threshold_tokens: appends above this may be prefilled elsewhere by a later version of the protocol;
-            0 means "always on the decoder".
+        append_threshold_tokens: before an append of more new tokens than this the holder asks again; 0: never.
         expires_at_ms: first instant at which the lease no longer lives.
     """
 

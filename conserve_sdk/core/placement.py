@@ -2,26 +2,29 @@
 
 Pure functions of a `Wanted`, the engines' views and the settings. Rules (design section 5, policy study section 7):
 
-Admission: a decoder fits when ``max(leased, scraped) + need`` stays at or under the watermark. The larger of the two
-counts, not their sum: a lease shows in both, in the ledger from its grant on, in the scrape once its KV is there.
-
-Decoder: the lowest ``(max(leased, scraped) + need) / capacity``, the load after placement; in a fleet of equal
-capacities this is the paper's "most free KV". Ties go to the lower id. Fractions are compared by cross multiplication.
-
-Prefill: see `conserve_sdk.core.prefill`.
+Hosts and their loads: see `conserve_sdk.core.hosting`. Decoder: the fitting host of the lowest load after placement,
+unless one that is hinted (the parent lease's decoder, then the lineage's previous one) is at most the slack above it.
+Ties go to the lower id. Prefill: see `conserve_sdk.core.prefill`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from conserve_sdk.core.events import EngineState, RefusalReason, Role
-from conserve_sdk.core.prefill import PrefillPlan, plan_prefill
+from conserve_sdk.core.events import RefusalReason
+from conserve_sdk.core.hosting import Host, gap_exceeds, host_verdict, hosts_of, lowest_load
+from conserve_sdk.core.prefill import plan_prefill
 from conserve_sdk.core.receipt import Receipt
+from conserve_sdk.core.receipts import receipt_of
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Tokens
+from conserve_sdk.core.units import EngineId, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
+
+LOST_SHARE_MAX_PPM = Ppm(500_000)
+"""A hinted engine that lost the KV of at least this share of recent follow-up turns is a hint no longer."""
+
+_FULL = frozenset({"over_watermark", "oversubscribed", "prompt_too_long"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +35,9 @@ class Wanted:
         input_tokens: the first turn's input.
         exact: False when `input_tokens` is an estimate. Estimates are never refused for being a little too long:
             the engine will count.
-        hint: decoder preferred within the slack.
+        parent, hint: decoders preferred within the slack, in this order.
+        quota_tokens, tenant_tokens: what the tenant's leases may hold together (0: no bound), and what the others do.
+        cached: tokens of the prompt that each engine is known to hold (a shared preamble).
         failed_engine_id: engine to leave out, in both parts.
         freed_engine_id, freed_tokens: what the lease to be superseded holds now, and will not any more.
         waited_ms: for the receipt.
@@ -41,27 +46,15 @@ class Wanted:
     model: ModelName
     input_tokens: Tokens
     exact: bool = True
+    parent: EngineId | None = None
     hint: EngineId | None = None
+    quota_tokens: Tokens = Tokens(0)
+    tenant_tokens: Tokens = Tokens(0)
+    cached: Mapping[EngineId, Tokens] = field(default_factory=dict)
     failed_engine_id: EngineId | None = None
     freed_engine_id: EngineId | None = None
     freed_tokens: Tokens = Tokens(0)
     waited_ms: int = 0
-
-
-@dataclass(slots=True)
-class Host:
-    """A decoder while it is weighed.
-
-    Attributes:
-        occupied_tokens: KV that counts against it before this lease.
-        limit_tokens: KV under the watermark: the largest integer x with ``x * 10^6 <= watermark * capacity``.
-        verdict: see `CandidateView`.
-    """
-
-    view: EngineView
-    occupied_tokens: int
-    limit_tokens: int
-    verdict: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,12 +63,14 @@ class Placement:
 
     Attributes:
         input_tokens: the first turn's input, at most what the decoder can host where it is an estimate.
+        uncached_tokens: the part of it that has to be prefilled where it is prefilled.
         need_tokens: what was admitted: the input and the growth reserve.
     """
 
     decoder: EngineView
     prefiller: EngineView | None
     input_tokens: Tokens
+    uncached_tokens: Tokens
     need_tokens: Tokens
     receipt: Receipt
 
@@ -102,66 +97,57 @@ def place(
         settings: preset and freshness bound.
         now_ms: to judge the age of observations.
     """
-    hosts = _hosts(wanted, engines, settings)
+    hosts = hosts_of(
+        engines, freed_engine_id=wanted.freed_engine_id, freed_tokens=wanted.freed_tokens, rules=settings.placement
+    )
     longest = None if wanted.exact else _longest_first_input(hosts, settings)
     if not engines or _too_long(wanted, longest):
         return _never(wanted, longest)
     input_tokens = wanted.input_tokens if longest is None else Tokens(min(wanted.input_tokens, longest))
     need = Tokens(input_tokens + settings.placement.reserve_tokens)
+    if wanted.quota_tokens and wanted.tenant_tokens + need > wanted.quota_tokens:
+        return _over_quota(wanted, need)
     for host in hosts:
-        host.verdict = _verdict(host, wanted, need, settings, now_ms)
+        host.verdict = host_verdict(
+            host, need_tokens=need, failed_engine_id=wanted.failed_engine_id, settings=settings, now_ms=now_ms
+        )
     fitting = [host for host in hosts if host.verdict == "fits"]
     if not fitting:
         return _nothing_fits(wanted, need, hosts, settings)
-    chosen, rule = _choose_decoder(fitting, wanted.hint, need, settings)
+    chosen, rule = _choose_decoder(fitting, wanted, need, settings)
     chosen.verdict = "chosen"
     plan = plan_prefill(
         chosen.view,
         engines,
         input_tokens=input_tokens,
+        cached=wanted.cached,
         failed_engine_id=wanted.failed_engine_id,
         settings=settings,
         now_ms=now_ms,
     )
-    receipt = _receipt(wanted, need, hosts, rule=rule, plan=plan, settings=settings)
     return Placement(
-        decoder=chosen.view, prefiller=plan.prefiller, input_tokens=input_tokens, need_tokens=need, receipt=receipt
+        decoder=chosen.view,
+        prefiller=plan.prefiller,
+        input_tokens=input_tokens,
+        uncached_tokens=plan.uncached_tokens,
+        need_tokens=need,
+        receipt=receipt_of(settings, rule=rule, need_tokens=need, waited_ms=wanted.waited_ms, hosts=hosts, plan=plan),
     )
 
 
 def refusal_receipt(wanted: Wanted, refused: NoPlacement, *, settings: BrokerSettings) -> Receipt:
     """The receipt of a refusal, made only when one is given."""
-    return _receipt(wanted, refused.need_tokens, refused.hosts, rule=refused.reason.value, plan=None, settings=settings)
+    return receipt_of(
+        settings,
+        rule=refused.reason.value,
+        need_tokens=refused.need_tokens,
+        waited_ms=wanted.waited_ms,
+        hosts=refused.hosts,
+        plan=None,
+    )
 
 
 # ---- admission ----------------------------------------------------------------------------------------------
-
-
-def _hosts(wanted: Wanted, engines: Sequence[EngineView], settings: BrokerSettings) -> list[Host]:
-    watermark_ppm = settings.placement.kv_watermark_ppm
-    hosts = []
-    for view in engines:
-        if view.spec.role is not Role.PREFILLER:
-            occupied: int = max(view.kv_leased_tokens, view.kv_used_tokens)
-            if wanted.freed_tokens and view.spec.engine_id == wanted.freed_engine_id:
-                occupied = max(occupied - wanted.freed_tokens, 0)
-            hosts.append(Host(view, occupied, view.kv_capacity_tokens * watermark_ppm // MILLION))
-    return hosts
-
-
-def _verdict(host: Host, wanted: Wanted, need: int, settings: BrokerSettings, now_ms: Ms) -> str:
-    view = host.view
-    if view.spec.engine_id == wanted.failed_engine_id:
-        return "failed"
-    if view.state is not EngineState.READY:
-        return view.state.value
-    if not view.observed_within(settings.observation_max_age_ms, now_ms=now_ms):
-        return "stale"
-    if view.kv_capacity_tokens == 0:
-        return "capacity_unknown"
-    if 0 < view.max_model_len_tokens < need - settings.placement.reserve_tokens:
-        return "prompt_too_long"
-    return "fits" if host.occupied_tokens + need <= host.limit_tokens else "over_watermark"
 
 
 def _longest_first_input(hosts: Sequence[Host], settings: BrokerSettings) -> int | None:
@@ -192,11 +178,23 @@ def _never(wanted: Wanted, longest: int | None) -> NoPlacement:
     return NoPlacement(reason=reason, detail=detail, hopeless=True, need_tokens=wanted.input_tokens)
 
 
+def _over_quota(wanted: Wanted, need: Tokens) -> NoPlacement:
+    hopeless = need > wanted.quota_tokens
+    remedy = "shorten it, or raise the quota" if hopeless else "release leases of the tenant, or retry"
+    return NoPlacement(
+        reason=RefusalReason.OVER_QUOTA,
+        detail=f"the lease needs {need} tokens, and the tenant's other leases hold {wanted.tenant_tokens} of its quota "
+        f"of {wanted.quota_tokens} (leased_tokens_per_tenant_max): {remedy}",
+        hopeless=hopeless,
+        need_tokens=need,
+    )
+
+
 def _nothing_fits(wanted: Wanted, need: Tokens, hosts: Sequence[Host], settings: BrokerSettings) -> NoPlacement:
     longest = _longest_first_input(hosts, settings)
     if _too_long(wanted, longest):
         return _never(wanted, longest)
-    if any(host.verdict in {"over_watermark", "prompt_too_long"} for host in hosts):
+    if any(host.verdict in _FULL for host in hosts):
         reason = RefusalReason.NO_CAPACITY
         detail = f"no decoder of {wanted.model} has {need} tokens of KV free under its watermark: retry or add decoders"
     else:
@@ -209,69 +207,16 @@ def _nothing_fits(wanted: Wanted, need: Tokens, hosts: Sequence[Host], settings:
 # ---- decoder ------------------------------------------------------------------------------------------------
 
 
-def _choose_decoder(
-    fitting: Sequence[Host], hint: EngineId | None, need: int, settings: BrokerSettings
-) -> tuple[Host, str]:
-    best, hinted = fitting[0], None
-    for host in fitting:
-        if _load_gap(host, best, need) < 0:
-            best = host
-        if host.view.spec.engine_id == hint:
-            hinted = host
-    if hinted is not None:
-        both = hinted.view.kv_capacity_tokens * best.view.kv_capacity_tokens
-        if _load_gap(hinted, best, need) * MILLION <= settings.placement.hint_slack_ppm * both:
-            return hinted, "hint"
+def _choose_decoder(fitting: Sequence[Host], wanted: Wanted, need: int, settings: BrokerSettings) -> tuple[Host, str]:
+    best = lowest_load(fitting, need_tokens=need)
+    for rule, engine_id in (("parent", wanted.parent), ("hint", wanted.hint)):
+        if engine_id is None:
+            continue
+        for host in fitting:
+            # An engine that loses what it was left with has nothing for whoever comes back to it.
+            if host.view.engine_id == engine_id and host.view.lost_share_ppm < LOST_SHARE_MAX_PPM:
+                slack_ppm = settings.placement.hint_slack_ppm
+                if gap_exceeds(host, best, need_tokens=need, than_ppm=slack_ppm):
+                    continue
+                return host, rule
     return best, "most_free_kv"
-
-
-def _load_gap(one: Host, other: Host, need: int) -> int:
-    """Load of one minus load of the other, after placement, times both capacities."""
-    one_load = (one.occupied_tokens + need) * other.view.kv_capacity_tokens
-    return one_load - (other.occupied_tokens + need) * one.view.kv_capacity_tokens
-
-
-# ---- receipt ------------------------------------------------------------------------------------------------
-
-
-def _receipt(
-    wanted: Wanted,
-    need: Tokens,
-    hosts: Sequence[Host],
-    *,
-    rule: str,
-    plan: PrefillPlan | None,
-    settings: BrokerSettings,
-) -> Receipt:
-    entries_max = settings.receipt_candidates_max
-    own_score_us = -1 if plan is None else plan.decoder_score_us
-    candidates = [
-        host.view.as_candidate("decoder", host.verdict, own_score_us if host.verdict == "chosen" else -1)
-        for host in _shortlist(hosts, entries_max)
-    ]
-    if plan is not None:
-        candidates += [
-            weighed.view.as_candidate("prefiller", weighed.verdict, weighed.score_us)
-            for weighed in plan.shortlist(entries_max)
-        ]
-    return Receipt(
-        preset=settings.placement.name,
-        rule=rule,
-        prefill_rule="" if plan is None else plan.rule,
-        need_tokens=need,
-        waited_ms=wanted.waited_ms,
-        candidates=tuple(candidates),
-    )
-
-
-def _shortlist(hosts: Sequence[Host], entries_max: int) -> Sequence[Host]:
-    """The decoders a receipt shows: the chosen one and the emptiest others, ordered by id."""
-    if len(hosts) <= entries_max:
-        return hosts
-
-    def rank(host: Host) -> tuple[int, int, EngineId]:
-        order = 0 if host.verdict == "chosen" else 1 if host.verdict == "fits" else 2
-        load_ppm = host.occupied_tokens * MILLION // max(host.view.kv_capacity_tokens, 1)
-        return order, load_ppm, host.view.spec.engine_id
-
-    return sorted(sorted(hosts, key=rank)[:entries_max], key=lambda host: host.view.spec.engine_id)

@@ -23,6 +23,9 @@ class CandidateView:
         backlog_tokens: uncached prompt tokens dispatched to it whose first token was not yet seen.
         running: streams decoding on it.
         rate_tokens_per_s: observed prefill rate.
+        active_tokens: the part of `leased_tokens` whose leases are in a turn or were until a moment ago.
+        prefill_share_ppm: share of its time with prefill work, averaged over 20 s; starts at "all of it".
+        uncached_tokens: prompt tokens it would have to prefill, -1 where no score was computed.
         score_us: the prefill score in microseconds (policy section 7), -1 where the rule did not compute one.
     """
 
@@ -36,6 +39,9 @@ class CandidateView:
     running: int
     rate_tokens_per_s: int
     score_us: int = -1
+    active_tokens: Tokens = Tokens(0)
+    prefill_share_ppm: int = 0
+    uncached_tokens: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +50,11 @@ class Receipt:
 
     Attributes:
         preset: name of the placement preset in force.
-        rule: the rule that fired for the decoder: ``"most_free_kv"``, ``"hint"``, or the refusal's reason.
+        rule: the rule that fired for the decoder: ``"most_free_kv"``, ``"hint"``, ``"parent"``, ``"append"`` (it
+            stays), ``"re_lease_draining"``, ``"re_lease_load"``, or the refusal's reason.
         prefill_rule: the rule that fired for the prefill engine: ``"score"``, ``"always_prefiller"``,
-            ``"below_minimum"``, ``"never"``, ``"no_prefiller"``, the verdict all prefillers share
+            ``"below_minimum"``, ``"never"``, ``"hosted_on_prefiller"``, ``"old_decoder"`` (a re-lease moves the KV from
+            there), ``"cannot_move"``, ``"no_prefiller"``, the verdict all prefillers share
             (``"no_common_transfer_group"``, ``"suspect"``, ...) or ``"no_usable_prefiller"``; empty in a refusal.
         need_tokens: tokens that were to be admitted.
         waited_ms: time spent in the queue.

@@ -19,9 +19,17 @@ class PrefillChoice(StrEnum):
     """No prefillers: plain affinity with admission."""
 
 
+class PrefillerHosts(StrEnum):
+    """Whether engines of role prefiller may host leases."""
+
+    AUTO = "auto"
+    """While their observed share of time with prefill work is low, up to a reserve."""
+    NEVER = "never"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSettings:
-    """One preset of placement.
+    """One preset of placement. Letters in brackets are the constants' names in the rule (docs/placement.md).
 
     Attributes:
         kv_watermark_ppm: admission keeps leased (and observed) KV at or under this share of capacity (OVER = .89).
@@ -32,6 +40,22 @@ class PlacementSettings:
         transfer_tokens_per_s: KV link speed in tokens (LINK = 25 GB/s over the model's bytes per token).
         default_rate_tokens_per_s: prefill rate assumed until one was observed.
         reserve_tokens: growth reserve added to every need (default 0).
+        idle_aware: on decoders with a host KV tier, leases idle for `idle_after_ms` count only as leased.
+        idle_after_ms: from this age of a gap on, a lease is not active (TAU = 1 s).
+        oversubscription_ppm: leased KV of a decoder with a host tier, over its capacity, at most (HOVER = 3).
+        leased_weight_ppm: weight of leased KV beside active KV in a decoder's load (.25).
+        prefiller_hosts: whether prefillers may host leases.
+        host_gate_ppm: a prefiller hosts while its prefill share is at most this (GATE = .4).
+        host_reserve_ppm: share of a prefiller's KV that leases leave free (PRES = .3).
+        host_base_load_ppm, host_share_weight_ppm: added to the load of a prefiller: constant, and per prefill share
+            (H0 = .05, BETA = .3).
+        prefill_share_window_ms: memory of the prefill share (20 s).
+        move_appends: large appends may be prefilled on a prefiller.
+        re_lease: leases may move to another decoder in a gap.
+        move_threshold_ppm: difference of loads above which they do (MOVE = .3).
+        move_release_ppm: difference at or under which a standing directive is withdrawn (half of MOVE).
+        move_idle_ms: a gap must be longer than this for a move because of load (50 ms).
+        move_rest_ms: a lease younger than this is not moved because of load.
     """
 
     name: str
@@ -44,6 +68,22 @@ class PlacementSettings:
     transfer_tokens_per_s: int = 200_000
     default_rate_tokens_per_s: int = 10_000
     reserve_tokens: Tokens = Tokens(0)
+    idle_aware: bool = False
+    idle_after_ms: Ms = Ms(1_000)
+    oversubscription_ppm: Ppm = Ppm(3_000_000)
+    leased_weight_ppm: Ppm = Ppm(0)
+    prefiller_hosts: PrefillerHosts = PrefillerHosts.NEVER
+    host_gate_ppm: Ppm = Ppm(400_000)
+    host_reserve_ppm: Ppm = Ppm(300_000)
+    host_base_load_ppm: Ppm = Ppm(50_000)
+    host_share_weight_ppm: Ppm = Ppm(300_000)
+    prefill_share_window_ms: Ms = Ms(20_000)
+    move_appends: bool = False
+    re_lease: bool = False
+    move_threshold_ppm: Ppm = Ppm(300_000)
+    move_release_ppm: Ppm = Ppm(150_000)
+    move_idle_ms: Ms = Ms(50)
+    move_rest_ms: Ms = Ms(5_000)
 
 
 PAPER = PlacementSettings(
@@ -54,8 +94,19 @@ DEFAULT = PlacementSettings(
     prefill_choice=PrefillChoice.SCORE,
     local_below_tokens=Tokens(256),
     harm_weight_ppm=Ppm(300_000),
+    idle_aware=True,
+    leased_weight_ppm=Ppm(250_000),
+    prefiller_hosts=PrefillerHosts.AUTO,
+    move_appends=True,
+    re_lease=True,
 )
-AFFINITY = PlacementSettings(name="affinity", prefill_choice=PrefillChoice.NEVER)
+AFFINITY = PlacementSettings(
+    name="affinity",
+    prefill_choice=PrefillChoice.NEVER,
+    idle_aware=True,
+    leased_weight_ppm=Ppm(250_000),
+    re_lease=True,
+)
 
 PRESETS: dict[str, PlacementSettings] = {preset.name: preset for preset in (PAPER, DEFAULT, AFFINITY)}
 """Presets by the name that configuration and receipts use."""
@@ -75,6 +126,7 @@ class BrokerSettings:
             and at which its leases are dropped.
         observation_max_age_ms: an engine whose last observation is older gets no new lease (invariant 6).
         leases_max, queue_max, leases_per_tenant_max: bounds (invariant 9).
+        leased_tokens_per_tenant_max: tokens that all live leases of one tenant may hold together; 0: no bound.
         wait_max_ms: longest time a request may wait for admission.
         retry_after_ms: what a refused client is told at least.
         backlog_max_age_ms: a dispatched prefill nobody reported on stops counting after this long.
@@ -91,6 +143,7 @@ class BrokerSettings:
     observation_max_age_ms: Ms = Ms(10_000)
     leases_max: int = 100_000
     leases_per_tenant_max: int = 100_000
+    leased_tokens_per_tenant_max: Tokens = Tokens(0)
     queue_max: int = 10_000
     wait_max_ms: Ms = Ms(120_000)
     retry_after_ms: Ms = Ms(1_000)

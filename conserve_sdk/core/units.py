@@ -19,6 +19,8 @@ Incarnation = NewType("Incarnation", str)
 """Changes whenever an engine restarts (its KV cache is then empty)."""
 TransferGroup = NewType("TransferGroup", str)
 """Engines whose connectors can move KV between each other; `""` stands for "moves no KV"."""
+PrefixKey = NewType("PrefixKey", str)
+"""Names the preamble (system prompt and tools) that conversations share; equal keys mean equal first tokens."""
 RequestId = NewType("RequestId", str)
 """Names one grant or supersede request while it waits for admission."""
 

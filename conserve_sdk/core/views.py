@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from conserve_sdk.core.events import EngineSpec, EngineState, RefusalReason
+from conserve_sdk.core.events import EngineSpec, EngineState, MoveReason, RefusalReason, SupersedeCause
 from conserve_sdk.core.receipt import CandidateView
-from conserve_sdk.core.units import EngineId, Incarnation, Ms, Tokens
+from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Ppm, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +23,14 @@ class EngineView:
         kv_capacity_tokens: configured, else observed capacity; 0 while unknown.
         kv_used_tokens: KV occupancy last scraped.
         kv_leased_tokens: sum of the live leases' ledgers.
+        kv_active_tokens: the part of `kv_leased_tokens` whose leases are active; all of it without a host tier.
         kv_holding_tokens: the part of `kv_leased_tokens` whose leases ask the engine to hold blocks between turns.
         leases: live leases that name it as decoder.
         busy: how many of those are in a turn.
         running, waiting: requests in the engine's own scheduler, last scraped.
+        prefill_share_ppm: share of its time with prefill work, averaged; 1 until observed otherwise.
+        lost_caches: follow-up turns that found far less of their KV here than the ledger said, since the last restart.
+        lost_share_ppm: share of recent follow-up turns that did.
         backlog_tokens: uncached prompt tokens dispatched to it whose first token was not yet seen.
         rate_tokens_per_s: observed prefill rate, or the configured default.
         block_size_tokens, max_model_len_tokens: observed, else configured; 0 while unknown.
@@ -41,7 +45,11 @@ class EngineView:
     kv_capacity_tokens: Tokens = Tokens(0)
     kv_used_tokens: Tokens = Tokens(0)
     kv_leased_tokens: Tokens = Tokens(0)
+    kv_active_tokens: Tokens = Tokens(0)
     kv_holding_tokens: Tokens = Tokens(0)
+    prefill_share_ppm: Ppm = Ppm(MILLION)
+    lost_caches: int = 0
+    lost_share_ppm: Ppm = Ppm(0)
     leases: int = 0
     busy: int = 0
     running: int = 0
@@ -63,7 +71,7 @@ class EngineView:
         """Whether the last observation is at most this old (invariant 6)."""
         return self.observed_at_ms is not None and now_ms - self.observed_at_ms <= max_age_ms
 
-    def as_candidate(self, role: str, verdict: str, score_us: int = -1) -> CandidateView:
+    def as_candidate(self, role: str, verdict: str, score_us: int = -1, uncached_tokens: int = -1) -> CandidateView:
         """Its line in a receipt. Lines without a score are shared between receipts, which keeps leases small."""
         line = self._candidates.get((role, verdict)) if score_us < 0 else None
         if line is None:
@@ -78,6 +86,9 @@ class EngineView:
                 running=self.running,
                 rate_tokens_per_s=self.rate_tokens_per_s,
                 score_us=score_us,
+                active_tokens=self.kv_active_tokens,
+                prefill_share_ppm=self.prefill_share_ppm,
+                uncached_tokens=uncached_tokens,
             )
             if score_us < 0:
                 self._candidates[role, verdict] = line
@@ -86,6 +97,14 @@ class EngineView:
 
 def _no_refusals() -> dict[RefusalReason, int]:
     return dict.fromkeys(RefusalReason, 0)
+
+
+def _no_moves() -> dict[MoveReason, int]:
+    return dict.fromkeys(MoveReason, 0)
+
+
+def _no_stays() -> dict[SupersedeCause, int]:
+    return dict.fromkeys(SupersedeCause, 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +120,11 @@ class BrokerCounters:
         migrations: leases whose one KV transfer was reported.
         engine_restarts: changes of incarnation seen.
         refused: by reason.
+        decoder_rules, prefill_rules: grants by the rules of their receipts.
+        directives: re-lease directives announced, by reason; `withdrawn`: taken back before they were followed.
+        moved: directives carried out, by reason.
+        stayed: supersede requests answered with the live lease, by cause: moving was not worth it.
+        lost_caches: follow-up turns that found far less of their KV than the ledger said.
     """
 
     granted: int = 0
@@ -114,3 +138,10 @@ class BrokerCounters:
     migrations: int = 0
     engine_restarts: int = 0
     refused: dict[RefusalReason, int] = field(default_factory=_no_refusals)
+    decoder_rules: dict[str, int] = field(default_factory=dict)
+    prefill_rules: dict[str, int] = field(default_factory=dict)
+    directives: dict[MoveReason, int] = field(default_factory=_no_moves)
+    withdrawn: int = 0
+    moved: dict[MoveReason, int] = field(default_factory=_no_moves)
+    stayed: dict[SupersedeCause, int] = field(default_factory=_no_stays)
+    lost_caches: int = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from conserve_broker.cli import broker_main, drain_main, engines_main, explain_main, undrain_main
+from conserve_broker.cli import advise_main, broker_main, drain_main, engines_main, explain_main, undrain_main
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, default_fleet
@@ -47,6 +47,16 @@ def test_explain_prints_the_receipt(url: str, capsys: pytest.CaptureFixture[str]
         assert expected in printed
     assert explain_main([lease_id, "--broker", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decision"]["preset"] == "paper"
+
+
+def test_advice_is_printed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    grant(url)
+    assert advise_main(["--broker", url]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("model emulated", "advice", "in force", "prefillers", "too little was seen", "- Only 1 grants"):
+        assert expected in printed
+    assert advise_main(["--broker", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["model"] == "emulated"
 
 
 def test_engines_are_listed_drained_and_undrained(

@@ -1,5 +1,6 @@
 """The journal: nothing acknowledged is ever lost, and a file that is not ours is never touched."""
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -517,3 +518,26 @@ class TestMemory:
         journal = open_journal(str(path))
         assert isinstance(journal, Journal)
         journal.close()
+
+
+def test_rows_of_the_first_format_lack_what_candidates_gained() -> None:
+    held = lease(1)
+    candidate = CandidateView(
+        engine_id=EngineId("d0"),
+        role="decoder",
+        verdict="chosen",
+        capacity_tokens=Tokens(9),
+        leased_tokens=Tokens(8),
+        used_tokens=Tokens(7),
+        backlog_tokens=Tokens(6),
+        running=5,
+        rate_tokens_per_s=4,
+        score_us=3,
+    )
+    held = replace(held, receipt=replace(held.receipt, candidates=(candidate,)))
+    row = json.loads(encode(held))
+    row[6][-1] = [entry[:10] for entry in row[6][-1]]
+    assert decode(json.dumps(row)) == held
+    row[6][-1] = [entry[:9] for entry in row[6][-1]]
+    with pytest.raises(ValueError, match="zip"):
+        decode(json.dumps(row))

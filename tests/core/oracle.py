@@ -7,12 +7,14 @@ holds; whatever the broker decides is checked against that. Numbers are those of
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from conserve_sdk.core import (
     Activity,
     Broker,
     BrokerSettings,
     Decision,
+    Directive,
     DropReason,
     EngineConfigured,
     EngineDrained,
@@ -23,6 +25,7 @@ from conserve_sdk.core import (
     EngineSpec,
     EngineState,
     EngineUnreachable,
+    EngineView,
     Event,
     Granted,
     Lease,
@@ -38,12 +41,15 @@ from conserve_sdk.core import (
     LeaseStored,
     LeaseVerdict,
     Mode,
+    MoveReason,
     Ms,
+    PrefillerHosts,
     Recovered,
     Refused,
     RequestCancelled,
     RequestId,
     Role,
+    SupersedeCause,
     SupersedeRequested,
     TenantId,
     TurnFinished,
@@ -79,6 +85,8 @@ class Oracle:
     """Every lease ever granted, as it was granted."""
     rows: dict[LeaseId, Lease] = field(default_factory=dict)
     """The journal."""
+    rows_before: dict[LeaseId, Lease] = field(default_factory=dict)
+    """Rows as they were when they were dropped."""
     ends: dict[LeaseId, int] = field(default_factory=dict)
     """When each live lease dies."""
     ended: dict[LeaseId, tuple[DropReason, int]] = field(default_factory=dict)
@@ -129,6 +137,7 @@ class Oracle:
                 self.rows[lease.lease_id] = lease
             case LeaseDropped(lease=lease, reason=reason):
                 self._check_drop(event, lease, reason)
+                self.rows_before[lease.lease_id] = self.rows[lease.lease_id]
                 del self.rows[lease.lease_id]
                 self.ends.pop(lease.lease_id)
                 self.ended[lease.lease_id] = (reason, self.now_ms)
@@ -146,6 +155,7 @@ class Oracle:
                 assert request_id in self.pending
 
     def _follow_touch(self, event: Event, decisions: list[Decision]) -> None:
+        self._check_directives(decisions)
         said = [decision for decision in decisions if isinstance(decision, LeaseAnswered)]
         if not isinstance(event, Touched | LeaseParked | LeaseReleased | LeaseReadopted):
             assert said == []
@@ -172,6 +182,18 @@ class Oracle:
         elif not (isinstance(event, LeaseRenewed) and one.lease and one.lease.activity is Activity.PARKED):
             self._live_on(lease_id)
 
+    def _check_directives(self, decisions: list[Decision]) -> None:
+        """Said of live leases only, never of parked ones, and only where the preset re-leases."""
+        for one in decisions:
+            if isinstance(one, LeaseAnswered):
+                assert (one.directive is Directive.RE_LEASE) is (one.move_reason is not None)
+            if isinstance(one, LeaseAnswered) and one.move_reason is not None:
+                assert self.settings.placement.re_lease
+                assert one.lease is not None
+                assert one.lease.activity is not Activity.PARKED
+                facts = self.engines[one.lease.decoder.engine_id]
+                assert facts.draining is (one.move_reason is MoveReason.DRAINING)
+
     def restart(self, event: Recovered, decisions: list[Decision]) -> None:
         """The broker starts again from the journal: waiting clients and tombstones are lost, engines unknown."""
         self.now_ms = event.now_ms
@@ -191,19 +213,42 @@ class Oracle:
         self.ends[lease.lease_id] = self._span(self.settings.ttl_ms)
         assert self.ready(lease.decoder.engine_id), "6: draining, stale or restarted engines get no new lease"
         bound = [lease.decoder] if lease.prefiller is None else [lease.decoder, lease.prefiller]
+        moved_from = self._check_move(asked, lease)
         for binding in bound:
             facts = self.engines[binding.engine_id]
-            assert self.ready(binding.engine_id), "6"
+            assert binding.engine_id == moved_from or self.ready(binding.engine_id), "6"
             assert facts.seen is not None
             assert (binding.incarnation, binding.url) == (facts.seen.incarnation, facts.spec.url)
             if isinstance(asked, SupersedeRequested):
                 assert binding.engine_id != asked.failed_engine_id
         assert (lease.prefiller is None) is (lease.mode is Mode.LOCAL)
-        assert self.engines[lease.decoder.engine_id].spec.role is not Role.PREFILLER
+        if self.engines[lease.decoder.engine_id].spec.role is Role.PREFILLER:
+            assert self.settings.placement.prefiller_hosts is PrefillerHosts.AUTO
+            assert (lease.prefiller, lease.hold_ms, lease.append_threshold_tokens) == (None, 0, 0)
         if isinstance(asked, SupersedeRequested):
             assert (lease.epoch, lease.supersedes) == (asked.epoch + 1, asked.lease_id)
         else:
             assert (lease.epoch, lease.supersedes) == (1, None)
+
+    def _check_move(self, asked: Asked, lease: Lease) -> EngineId | None:
+        """The old decoder that hands its KV on, where this lease is a move."""
+        if not isinstance(asked, SupersedeRequested) or asked.cause is SupersedeCause.FAILURE:
+            return None
+        old = self.first[asked.lease_id]
+        if self.ended.get(asked.lease_id) != (DropReason.SUPERSEDED, self.now_ms):
+            return None  # the lease was gone before: an ordinary grant
+        if asked.cause is SupersedeCause.APPEND:
+            assert lease.decoder == old.decoder, "an append leaves the conversation where it is"
+            assert lease.prefiller is not None
+            return None
+        assert self.settings.placement.re_lease
+        assert lease.decoder.engine_id != old.decoder.engine_id, "a re-lease goes elsewhere"
+        assert lease.prefiller in {None, old.decoder}, "the KV moves from the old decoder or not at all"
+        if not self.engines[old.decoder.engine_id].draining:
+            state = self.rows_before[asked.lease_id]
+            assert state.activity is Activity.IDLE
+            assert self.now_ms - state.activity_since_ms > self.settings.placement.move_idle_ms
+        return old.decoder.engine_id
 
     def _check_drop(self, event: Event, lease: Lease, reason: DropReason) -> None:
         lease_id, facts = lease.lease_id, self.engines.get(lease.decoder.engine_id)
@@ -295,7 +340,12 @@ class Oracle:
         for view in broker.engines():
             here = [lease for lease in live.values() if lease.decoder.engine_id == view.engine_id]
             assert view.kv_leased_tokens == sum(lease.ledger_tokens for lease in here), "3"
-            assert view.kv_holding_tokens == sum(lease.ledger_tokens for lease in here if lease.hold_ms), "3"
+            holding = [lease for lease in here if lease.hold_ms and lease.activity is not Activity.PARKED]
+            assert view.kv_holding_tokens == sum(lease.ledger_tokens for lease in holding), "3"
+            warm = [lease for lease in here if not view.spec.host_tier_tokens or not self.cold(lease)]
+            assert view.kv_active_tokens == sum(lease.ledger_tokens for lease in warm), "3: exactly TAU"
+            assert view.lost_caches >= 0
+            assert 0 <= view.prefill_share_ppm <= 1_000_000
             assert (view.leases, view.busy) == (len(here), sum(each.activity is Activity.BUSY for each in here)), "3"
             assert view.backlog_tokens >= 0
             assert live or view.backlog_tokens == 0
@@ -310,16 +360,24 @@ class Oracle:
             assert self.deadline_ms(asked) > self.now_ms, "refused exactly at its deadline"
             heads.setdefault((asked.key.tenant, asked.key.model), asked)
         views = {view.engine_id: view for view in broker.engines()}
-        watermark_ppm = self.settings.placement.kv_watermark_ppm
         for asked in heads.values():
-            for engine_id, facts in self.engines.items():
+            if self._over_quota(broker, asked):
+                continue
+            for engine_id in self.engines:
                 view = views[engine_id]
-                if facts.spec.role is Role.PREFILLER or not self.ready(engine_id):
+                if not self.ready(engine_id):
                     continue
                 if isinstance(asked, SupersedeRequested) and asked.failed_engine_id == engine_id:
                     continue
-                used = max(view.kv_leased_tokens, view.kv_used_tokens) + asked.first_turn_input_tokens
-                assert used * 1_000_000 > watermark_ppm * view.kv_capacity_tokens, f"{asked} fits on {engine_id}"
+                assert not self.fits(view, asked.first_turn_input_tokens), f"{asked} fits on {engine_id}"
+
+    def _over_quota(self, broker: Broker, asked: Asked) -> bool:
+        quota = self.settings.leased_tokens_per_tenant_max
+        live = broker.live_lease_of(asked.key)  # what it replaces does not count
+        held = sum(
+            lease.ledger_tokens for lease in broker.leases() if lease.key.tenant == asked.key.tenant and lease != live
+        )
+        return 0 < quota < held + asked.first_turn_input_tokens
 
     # ---- own knowledge ----
 
@@ -331,6 +389,32 @@ class Oracle:
         age_ms = self.now_ms - facts.seen.now_ms
         suspect = facts.failing and age_ms >= self.settings.suspect_after_ms
         return not suspect and (stale_too or age_ms <= self.settings.observation_max_age_ms)
+
+    def cold(self, lease: Lease) -> bool:
+        """Whether a lease does not count as active on a decoder with a host tier."""
+        rules = self.settings.placement
+        if not rules.idle_aware or lease.activity is Activity.BUSY:
+            return False
+        if lease.activity is Activity.PARKED:
+            return True
+        return self.now_ms - lease.activity_since_ms >= rules.idle_after_ms
+
+    def fits(self, view: EngineView, need: int) -> bool:
+        """The rule of docs/placement.md, in fractions."""
+        rules, capacity = self.settings.placement, view.kv_capacity_tokens
+        over = Fraction(rules.kv_watermark_ppm, 1_000_000)
+        leased = max(view.kv_leased_tokens, view.kv_used_tokens) + need
+        if view.spec.role is Role.PREFILLER:
+            reserve = Fraction(rules.host_reserve_ppm, 1_000_000)
+            active = max(view.kv_active_tokens + view.backlog_tokens, view.kv_used_tokens) + need
+            free = Fraction(view.prefill_share_ppm, 1_000_000) <= Fraction(rules.host_gate_ppm, 1_000_000)
+            hosts = rules.prefiller_hosts is PrefillerHosts.AUTO and free
+            return hosts and max(active, leased) <= max(over - reserve, 0) * capacity
+        if not (view.spec.host_tier_tokens and rules.idle_aware):
+            return leased <= over * capacity
+        hover = Fraction(rules.oversubscription_ppm, 1_000_000)
+        bound = min(hover * capacity, capacity + view.spec.host_tier_tokens)
+        return max(view.kv_active_tokens, view.kv_used_tokens) + need <= over * capacity and leased <= bound
 
     def gone(self, facts: EngineFacts) -> bool:
         """Whether the engine has failed for too long."""
@@ -348,6 +432,9 @@ class Oracle:
     def next_deadline_ms(self) -> int | None:
         """When something happens by itself."""
         deadlines = [*self.ends.values(), *(self.deadline_ms(asked) for asked in self.pending.values())]
+        if self.pending and self.settings.placement.idle_aware:
+            idle = [lease for lease in self.rows.values() if lease.activity is Activity.IDLE]
+            deadlines += [lease.activity_since_ms + self.settings.placement.idle_after_ms for lease in idle]
         for facts in self.engines.values():
             if facts.failing:
                 deadlines.append(self._gone_at_ms(facts))

@@ -7,6 +7,7 @@ met on purpose, not by luck. A twin whose engines were configured in the opposit
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -37,10 +38,14 @@ from conserve_sdk.core import (
     LeaseRequested,
     Ms,
     PlacementSettings,
+    Ppm,
+    PrefillerHosts,
+    PrefixKey,
     Recovered,
     RequestCancelled,
     RequestId,
     Role,
+    SupersedeCause,
     SupersedeRequested,
     TimerFired,
     Tokens,
@@ -50,7 +55,13 @@ from conserve_sdk.core import (
 from tests.core.oracle import Oracle
 from tests.core.world import key, observed, spec
 
-FLEET = [spec("b0", Role.BOTH), spec("d0"), spec("d1"), spec("p0", Role.PREFILLER), spec("p1", Role.PREFILLER)]
+FLEET = [
+    spec("b0", Role.BOTH),
+    spec("d0"),
+    spec("d1", host_tier_tokens=Tokens(1_500)),
+    spec("p0", Role.PREFILLER),
+    spec("p1", Role.PREFILLER),
+]
 ENGINES = st.sampled_from([each.engine_id for each in FLEET])
 CONVERSATIONS = st.sampled_from(["c0", "c1", "c2", "c3", "c4"])
 TENANTS = st.sampled_from(["t", "t", "u"])
@@ -59,9 +70,29 @@ PATIENCE = st.sampled_from([0, 500, 500, 4_000])
 CHOICE = st.integers(0, 1_000)
 
 
-def broker_settings(placement: PlacementSettings) -> BrokerSettings:
+PREFIXES = st.sampled_from(["", "", "tools"])
+"""Any preset with any of its switches turned: the rules are independent of each other."""
+SWITCHES = st.fixed_dictionaries(
+    {
+        "idle_aware": st.booleans(),
+        "idle_after_ms": st.sampled_from([Ms(150), Ms(150), Ms(5_000)]),
+        "oversubscription_ppm": st.sampled_from([Ppm(1_000_000), Ppm(1_780_000), Ppm(3_000_000)]),
+        "leased_weight_ppm": st.sampled_from([Ppm(0), Ppm(250_000)]),
+        "prefiller_hosts": st.sampled_from(list(PrefillerHosts)),
+        "prefill_share_window_ms": st.sampled_from([Ms(100), Ms(20_000)]),
+        "move_appends": st.booleans(),
+        "re_lease": st.booleans(),
+        "move_threshold_ppm": st.sampled_from([Ppm(0), Ppm(300_000)]),
+        "move_rest_ms": st.sampled_from([Ms(0), Ms(200)]),
+        "reserve_tokens": st.just(Tokens(0)),
+    }
+)
+
+
+def broker_settings(placement: PlacementSettings, *, quota_tokens: int) -> BrokerSettings:
     return BrokerSettings(
         placement=placement,
+        leased_tokens_per_tenant_max=Tokens(quota_tokens),
         ttl_ms=Ms(1_000),
         park_ttl_ms=Ms(100),
         hold_ms=Ms(400),
@@ -81,11 +112,12 @@ class BrokerMachine(RuleBasedStateMachine):
 
     placement: PlacementSettings
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(switches=st.just({}) | SWITCHES, quota=st.sampled_from([0, 0, 900]))
+    def start(self, switches: dict[str, Any], quota: int) -> None:
         self.now_ms = 0
         self.serial = 0
-        self.settings = broker_settings(self.placement)
+        self.prefilled = dict.fromkeys([each.engine_id for each in FLEET], 0)
+        self.settings = broker_settings(replace(self.placement, **switches), quota_tokens=quota)
         self.oracle = Oracle(self.settings)
         self.broker, self.twin = Broker(self.settings), Broker(self.settings)
         self._configure(FLEET)
@@ -97,16 +129,31 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(
         crowd=st.lists(st.tuples(CONVERSATIONS, TENANTS, SIZES, PATIENCE), min_size=1, max_size=6),
         hint=st.none() | ENGINES,
+        prefix=PREFIXES,
+        parent=st.none() | CHOICE,
     )
-    def request(self, crowd: list[tuple[str, str, int, int]], hint: EngineId | None) -> None:
+    def request(
+        self, crowd: list[tuple[str, str, int, int]], hint: EngineId | None, prefix: str, parent: int | None
+    ) -> None:
+        known = list(self.oracle.first)
         for conversation, tenant, tokens, wait_ms in crowd:
-            self._request(conversation, tenant, tokens, wait_ms, hint)
+            self._request(
+                conversation,
+                tenant,
+                tokens,
+                wait_ms,
+                hint,
+                prefix_key=PrefixKey(prefix),
+                parent_lease_id=None if parent is None or not known else known[parent % len(known)],
+            )
 
     @rule(conversation=CONVERSATIONS, tenant=TENANTS, tokens=SIZES, wait_ms=PATIENCE)
     def request_one(self, conversation: str, tenant: str, tokens: int, wait_ms: int) -> None:
         self._request(conversation, tenant, tokens, wait_ms, None)
 
-    def _request(self, conversation: str, tenant: str, tokens: int, wait_ms: int, hint: EngineId | None) -> None:
+    def _request(
+        self, conversation: str, tenant: str, tokens: int, wait_ms: int, hint: EngineId | None, **more: Any
+    ) -> None:
         self.serial += 1
         self._apply(
             LeaseRequested(
@@ -118,6 +165,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 first_turn_input_bytes=0,
                 deadline_at_ms=Ms(self.now_ms + wait_ms),
                 hint=hint,
+                **more,
             )
         )
 
@@ -129,8 +177,20 @@ class BrokerMachine(RuleBasedStateMachine):
         tokens=SIZES,
         wait_ms=PATIENCE,
         failed=st.none() | ENGINES,
+        cause=st.sampled_from(SupersedeCause),
+        cached=st.sampled_from([0, 90, 300]),
     )
-    def supersede(self, pick: int, live: bool, ahead: int, tokens: int, wait_ms: int, failed: EngineId | None) -> None:
+    def supersede(
+        self,
+        pick: int,
+        live: bool,
+        ahead: int,
+        tokens: int,
+        wait_ms: int,
+        failed: EngineId | None,
+        cause: SupersedeCause,
+        cached: int,
+    ) -> None:
         lease = self._pick(pick, live=live)
         self.serial += 1
         self._apply(
@@ -146,6 +206,59 @@ class BrokerMachine(RuleBasedStateMachine):
                 first_turn_input_bytes=0,
                 deadline_at_ms=Ms(self.now_ms + wait_ms),
                 failed_engine_id=failed,
+                cause=cause,
+                cached_tokens=Tokens(cached),
+            )
+        )
+
+    @precondition(lambda self: self.oracle.ends)
+    @rule(pick=CHOICE, tokens=SIZES, late_ms=st.sampled_from([-1, 0, 1]), drain=st.booleans())
+    def follow_a_directive(self, pick: int, tokens: int, late_ms: int, drain: bool) -> None:
+        """Drain or load a decoder, end the turn there, and come back just around the shortest gap that moves."""
+        lease = self._pick(pick)
+        if drain:
+            self._trouble(lease.decoder.engine_id, "drain")
+        self._end(lease, tokens)
+        self._at(self.now_ms + self.settings.placement.move_idle_ms + late_ms)
+        self._supersede(self._pick(pick), tokens, cause=SupersedeCause.RE_LEASE, cached_tokens=Tokens(tokens))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(pick=CHOICE, late_ms=st.sampled_from([-1, 0, 1]), tokens=SIZES)
+    def wait_until_cold(self, pick: int, late_ms: int, tokens: int) -> None:
+        """A lease goes idle while others wait, and time comes to just around the end of TAU."""
+        self._end(self._pick(pick), tokens)
+        self._at(self.now_ms + self.settings.placement.idle_after_ms + late_ms)
+
+    def _end(self, lease: Lease, context: int) -> None:
+        self._apply(
+            TurnFinished(
+                now_ms=Ms(self.now_ms),
+                lease_id=lease.lease_id,
+                context_tokens=Tokens(context),
+                prompt_tokens=Tokens(context),
+                prompt_bytes=0,
+                cached_tokens=Tokens(context // 3),
+                prefill_ms=Ms(0),
+                prefill_engine_id=None,
+                migrated=False,
+            )
+        )
+
+    def _supersede(self, lease: Lease, tokens: int, **more: Any) -> None:
+        self.serial += 1
+        self._apply(
+            SupersedeRequested(
+                now_ms=Ms(self.now_ms),
+                request_id=RequestId(f"r{self.serial}"),
+                lease_id=lease.lease_id,
+                new_lease_id=LeaseId(f"l{self.serial}"),
+                key=lease.key,
+                epoch=lease.epoch,
+                reason="told to",
+                first_turn_input_tokens=Tokens(tokens),
+                first_turn_input_bytes=0,
+                deadline_at_ms=Ms(self.now_ms),
+                **more,
             )
         )
 
@@ -207,8 +320,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # ---- engines and operators ----
 
-    @rule(engine_id=ENGINES, used=st.sampled_from([0, 0, 400, 1_000]))
-    def observe(self, engine_id: EngineId, used: int) -> None:
+    @rule(engine_id=ENGINES, used=st.sampled_from([0, 0, 400, 1_000]), prefilled=st.sampled_from([0, 40, 4_000]))
+    def observe(self, engine_id: EngineId, used: int, prefilled: int) -> None:
+        self.prefilled[engine_id] += prefilled
         self._see(engine_id, used=used)
 
     @rule(
@@ -346,6 +460,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def _see(self, engine_id: EngineId, *, used: int = 0, again: bool = True) -> None:
         incarnation = self._incarnation(engine_id)
         if not again:
+            self.prefilled[engine_id] = 0
             self.serial += 1
             incarnation = Incarnation(f"i{self.serial}")
         self._apply(
@@ -356,6 +471,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 kv_capacity_tokens=Tokens(1_000),
                 kv_used_tokens=Tokens(used),
                 running=used // 400,
+                prefill_tokens_total=Tokens(self.prefilled[engine_id]),
             )
         )
 

@@ -42,7 +42,7 @@ def view(engine_id: str, role: Role = Role.DECODER, **changes: Any) -> EngineVie
 
 
 def leased(engine_id: str, tokens: int, **changes: Any) -> EngineView:
-    return view(engine_id, kv_leased_tokens=Tokens(tokens), **changes)
+    return view(engine_id, kv_leased_tokens=Tokens(tokens), kv_active_tokens=Tokens(tokens), **changes)
 
 
 def outcome(
@@ -79,8 +79,8 @@ def test_load_is_relative_to_capacity_and_counts_the_newcomer() -> None:
     small = leased("small", 0, kv_capacity_tokens=Tokens(10_000))
     large = leased("large", 8_999)
     assert decoder([small, large], tokens=1_000) == "large"
-    assert decoder([small, replace(large, kv_leased_tokens=Tokens(9_000))], tokens=1_000) == "large", "tie by id"
-    assert decoder([small, replace(large, kv_leased_tokens=Tokens(9_001))], tokens=1_000) == "small"
+    assert decoder([small, leased("large", 9_000)], tokens=1_000) == "large", "tie by id"
+    assert decoder([small, leased("large", 9_001)], tokens=1_000) == "small"
 
 
 def test_what_was_scraped_above_the_ledger_counts() -> None:
@@ -92,8 +92,9 @@ def test_a_hint_wins_within_the_slack_and_not_above() -> None:
         found = placed([leased("d0", 0), leased("d1", hinted_tokens)], preset=preset, hint=EngineId("d1"))
         return found.decoder.engine_id, found.receipt.rule
 
-    assert chosen(30_000, DEFAULT) == ("d1", "hint")
-    assert chosen(30_001, DEFAULT) == ("d0", "most_free_kv")
+    # What is leased counts once as active and a quarter more as leased.
+    assert chosen(24_000, DEFAULT) == ("d1", "hint")
+    assert chosen(24_001, DEFAULT) == ("d0", "most_free_kv")
     assert chosen(1, PAPER) == ("d0", "most_free_kv")
     assert chosen(0, PAPER) == ("d1", "hint")
 

@@ -34,6 +34,7 @@ from conserve_sdk.core import (
     LineageId,
     ModelName,
     Ms,
+    Recovered,
     Refused,
     RequestId,
     Role,
@@ -217,6 +218,9 @@ class World:
 
     def release(self, lease: Lease) -> list[Decision]:
         return self.apply(LeaseReleased(now_ms=Ms(self.now_ms), lease_id=lease.lease_id))
+
+    def recover(self, *leases: Lease, grace_ms: int = 1_000) -> list[Decision]:
+        return self.apply(Recovered(now_ms=Ms(self.now_ms), leases=leases, grace_ms=Ms(grace_ms)))
 
     def readopt(self, lease: Lease) -> list[Decision]:
         return self.apply(LeaseReadopted(now_ms=Ms(self.now_ms), lease=lease))

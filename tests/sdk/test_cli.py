@@ -10,7 +10,20 @@ import pytest
 from conserve_sdk import cli
 from conserve_sdk.errors import BrokerUnavailable, ConfigError
 
-COMMANDS = ["bench", "broker", "demo", "doctor", "drain", "emulate", "engines", "explain", "undrain"]
+COMMANDS = [
+    "advise",
+    "bench",
+    "broker",
+    "demo",
+    "doctor",
+    "drain",
+    "emulate",
+    "engines",
+    "explain",
+    "lab",
+    "simulate",
+    "undrain",
+]
 
 
 @pytest.fixture

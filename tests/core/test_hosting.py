@@ -1,0 +1,460 @@
+"""Who can host a lease: idle leases on a host tier, prefillers with time to spare, quotas, shared preambles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from conserve_sdk.core import (
+    AFFINITY,
+    DEFAULT,
+    BrokerSettings,
+    EngineId,
+    Incarnation,
+    Mode,
+    ModelName,
+    Ms,
+    PlacementSettings,
+    PrefillerHosts,
+    PrefixKey,
+    RefusalReason,
+    RequestId,
+    Role,
+    Tokens,
+    Waiting,
+)
+from conserve_sdk.core.estimates import averaged_share_ppm
+from conserve_sdk.core.prefixes import PREFIXES_MAX
+from tests.core.world import World, answers, granted, only, refused, spec
+
+LONG = Tokens(200_000)
+
+
+def tiered(*, host_tier: int = 250_000, preset: PlacementSettings = AFFINITY, **settings: Any) -> World:
+    """One decoder of 100000 tokens with a host tier, and leases that live long."""
+    return World(
+        settings=BrokerSettings(placement=preset, ttl_ms=Ms(600_000), observation_max_age_ms=Ms(600_000), **settings),
+        fleet=[spec("d0", host_tier_tokens=Tokens(host_tier), max_model_len_tokens=LONG)],
+    )
+
+
+def fill(here: World, tokens: int, conversation: str = "full", **changes: Any) -> Any:
+    lease = here.grant(conversation, tokens, **changes)
+    here.finish(lease, tokens)
+    return lease
+
+
+class TestIdleAware:
+    """A lease that is idle for TAU is not active; leased KV stays under HOVER and the tier."""
+
+    def test_an_idle_lease_makes_room_exactly_after_tau(self) -> None:
+        here = tiered()
+        fill(here, 80_000)
+        asked = here.request("next", 80_000, wait_ms=5_000)
+        assert only(Waiting, asked).position == 1
+        assert here.broker.next_deadline_ms() == 1_000
+        assert answers(here.at(999)) == {}
+        (found,) = answers(here.at(1_000)).values()
+        assert granted([found]).lease.receipt.waited_ms == 1_000
+        assert (here.view("d0").kv_active_tokens, here.view("d0").kv_leased_tokens) == (80_000, 160_000)
+
+    def test_a_turn_makes_it_active_again(self) -> None:
+        here = tiered()
+        lease = fill(here, 80_000)
+        here.at(1_000)
+        assert here.view("d0").kv_active_tokens == 0
+        here.start(lease, 81_000)
+        assert here.view("d0").kv_active_tokens == 81_000
+        assert refused(here.request("next", 8_001)).reason is RefusalReason.NO_CAPACITY
+        here.finish(lease, 81_000)
+        here.at(1_999)
+        assert here.view("d0").kv_active_tokens == 81_000
+        here.at(2_000)
+        assert here.view("d0").kv_active_tokens == 0
+
+    def test_a_parked_lease_is_not_active_at_once_and_holds_nothing(self) -> None:
+        here = tiered(hold_share_ppm=1_000_000)
+        lease = here.grant("c", 80_000)
+        assert (here.view("d0").kv_active_tokens, here.view("d0").kv_holding_tokens) == (80_000, 80_000)
+        here.request("next", 80_000, wait_ms=5_000)
+        (found,) = answers(here.park(lease)).values()
+        assert granted([found]).lease.hold_ms > 0, "what the parked lease held is free again"
+        assert (here.view("d0").kv_active_tokens, here.view("d0").kv_holding_tokens) == (80_000, 80_000)
+
+    def test_nobody_waits_so_nothing_is_due(self) -> None:
+        here = tiered()
+        fill(here, 80_000)
+        assert here.broker.next_deadline_ms() == 600_000
+
+    @pytest.mark.parametrize(("tokens", "fits"), [(50_000, True), (50_001, False)])
+    def test_leased_kv_stays_under_hover(self, tokens: int, fits: bool) -> None:
+        here = tiered()
+        for index in range(5):
+            fill(here, 50_000, f"c{index}")
+            here.wait(1_000)
+        found = here.request("last", tokens)
+        if fits:
+            assert granted(found)
+        else:
+            receipt = refused(found).receipt
+            assert (receipt.rule, receipt.candidates[0].verdict) == ("no_capacity", "oversubscribed")
+
+    @pytest.mark.parametrize(("tokens", "fits"), [(50_000, True), (50_001, False)])
+    def test_leased_kv_stays_under_what_the_tier_can_keep(self, tokens: int, fits: bool) -> None:
+        here = tiered(host_tier=30_000)
+        fill(here, 80_000)
+        here.wait(1_000)
+        here.request("last", tokens)
+        assert (here.broker.lease_count() == 2) is fits
+
+    @pytest.mark.parametrize("change", ["no tier", "switched off"])
+    def test_without_a_tier_or_the_switch_every_lease_is_active(self, change: str) -> None:
+        preset = AFFINITY if change == "no tier" else replace(AFFINITY, idle_aware=False)
+        here = tiered(host_tier=0 if change == "no tier" else 250_000, preset=preset)
+        fill(here, 80_000)
+        here.wait(5_000)
+        assert refused(here.request("next", 9_001)).reason is RefusalReason.NO_CAPACITY
+        assert granted(here.request("next", 9_000))
+
+    def test_what_is_scraped_above_the_active_leases_counts(self) -> None:
+        here = tiered()
+        fill(here, 80_000)
+        here.wait(1_000)
+        here.observe("d0", kv_used_tokens=Tokens(50_000))
+        assert refused(here.request("next", 39_001)).reason is RefusalReason.NO_CAPACITY
+        assert granted(here.request("next", 39_000))
+
+    def test_of_two_decoders_the_one_with_less_active_kv_wins(self) -> None:
+        here = tiered()
+        here.configure(spec("d1"))
+        here.observe("d1")
+        fill(here, 30_000, hint=EngineId("d0"))
+        here.wait(1_000)
+        # d0: 10000 active and a quarter of 40000; d1: 10000, and a quarter of them.
+        here.grant("other", 12_000, hint=EngineId("d1"))
+        assert here.grant("next", 10_000).decoder.engine_id == "d0"
+
+    def test_leases_back_from_the_journal_are_as_idle_as_they_were(self) -> None:
+        here = tiered()
+        lease = fill(here, 80_000)
+        idle = here.broker.lease(lease.lease_id)
+        assert idle is not None
+        for now_ms, active in ((999, 80_000), (1_000, 0), (5_000, 0)):
+            again = tiered()
+            again.now_ms = now_ms
+            again.recover(idle)
+            assert again.view("d0").kv_active_tokens == active
+
+
+class TestPrefillersHost:
+    """A prefiller hosts while it has time to spare, up to its reserve."""
+
+    def world(self, **changes: Any) -> World:
+        preset = replace(DEFAULT, **{"prefill_share_window_ms": Ms(1_000), **changes})
+        here = World(
+            settings=BrokerSettings(placement=preset, observation_max_age_ms=Ms(600_000)),
+            fleet=[spec("d0"), spec("p0", Role.PREFILLER, max_model_len_tokens=LONG)],
+        )
+        here.observe("d0", kv_used_tokens=Tokens(88_000))
+        return here
+
+    def test_a_prefiller_starts_as_busy(self) -> None:
+        here = self.world()
+        assert here.view("p0").prefill_share_ppm == 1_000_000
+        assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
+
+    @pytest.mark.parametrize(("idle_ms", "hosts"), [(1_499, False), (1_500, True)])
+    def test_it_hosts_from_exactly_the_gate_on(self, idle_ms: int, hosts: bool) -> None:
+        here = self.world()
+        here.wait(idle_ms)
+        here.observe("p0")
+        assert (here.view("p0").prefill_share_ppm <= 400_000) is hosts
+        here.request("c", 2_000)
+        assert (here.broker.lease_count() == 1) is hosts
+
+    def test_whoever_waits_gets_it_when_a_scrape_shows_time_to_spare(self) -> None:
+        here = self.world()
+        here.request("c", 2_000, wait_ms=60_000)
+        here.wait(5_000)
+        (found,) = answers(here.observe("p0")).values()
+        lease = granted([found]).lease
+        assert (lease.decoder.engine_id, lease.mode) == ("p0", Mode.LOCAL)
+
+    def test_never_is_never(self) -> None:
+        here = self.world(prefiller_hosts=PrefillerHosts.NEVER)
+        here.wait(100_000)
+        here.observe("p0")
+        assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
+
+    @pytest.mark.parametrize(("tokens", "fits"), [(59_000, True), (59_001, False)])
+    def test_its_reserve_stays_free(self, tokens: int, fits: bool) -> None:
+        here = self.world()
+        here.wait(10_000)
+        here.observe("p0")
+        here.request("c", tokens)
+        assert (here.broker.lease_count() == 1) is fits
+
+    def test_prefills_under_way_count_against_it(self) -> None:
+        here = self.world()
+        here.observe("d0", running=50)
+        remote = here.grant("remote", 9_000)
+        assert remote.prefiller is not None
+        here.wait(10_000)
+        here.observe("p0")
+        here.observe("d0", kv_used_tokens=Tokens(88_000))
+        assert refused(here.request("c", 50_001)).receipt.candidates
+        assert granted(here.request("c", 50_000)).lease.decoder.engine_id == "p0"
+
+    def test_its_share_follows_counted_time_where_there_is_any(self) -> None:
+        here = self.world()
+        here.observe("p0", prefill_busy_ms_total=Ms(1))
+        here.wait(1_000)
+        here.observe("p0", prefill_busy_ms_total=Ms(201))
+        assert here.view("p0").prefill_share_ppm == (1_000_000 + 200_000) // 2
+
+    def test_tokens_at_an_unknown_rate_mean_busy(self) -> None:
+        here = self.world()
+        here.wait(1_000)
+        here.observe("p0")
+        here.wait(1_000)
+        here.observe("p0", prefill_tokens_total=Tokens(1))
+        assert here.view("p0").prefill_share_ppm == 750_000
+
+    def test_a_restart_makes_it_busy_again(self) -> None:
+        here = self.world()
+        here.wait(10_000)
+        here.observe("p0")
+        here.observe("p0", incarnation=Incarnation("i2"))
+        assert here.view("p0").prefill_share_ppm == 1_000_000
+
+    def test_two_scrapes_at_one_instant_change_nothing(self) -> None:
+        here = self.world()
+        here.observe("p0", prefill_tokens_total=Tokens(1_000))
+        assert here.view("p0").prefill_share_ppm == 1_000_000
+
+
+def test_a_share_is_clamped() -> None:
+    assert averaged_share_ppm(0, sample_ppm=9_000_000, span_ms=10, window_ms=10) == 500_000
+    assert averaged_share_ppm(0, sample_ppm=-5, span_ms=10, window_ms=10) == 0
+
+
+class TestQuota:
+    """`leased_tokens_per_tenant_max`."""
+
+    def world(self, **changes: Any) -> World:
+        settings = BrokerSettings(placement=AFFINITY, leased_tokens_per_tenant_max=Tokens(10_000), **changes)
+        return World(settings=settings)
+
+    @pytest.mark.parametrize(("tokens", "fits"), [(4_000, True), (4_001, False)])
+    def test_a_tenant_holds_exactly_its_quota(self, tokens: int, fits: bool) -> None:
+        here = self.world()
+        here.grant("a", 6_000)
+        found = here.request("b", tokens)
+        assert (here.broker.lease_count() == 2) is fits
+        if not fits:
+            no = refused(found)
+            assert (no.reason, no.retry_after_ms) == (RefusalReason.OVER_QUOTA, 1_000)
+            assert "6000 of its quota of 10000" in no.detail
+
+    def test_who_is_over_it_holds_up_no_other_tenant_and_goes_on_when_there_is_room(self) -> None:
+        here = self.world()
+        first = here.grant("a", 6_000)
+        here.request("b", 5_000, wait_ms=60_000)
+        assert here.grant("c", 9_000, tenant="u")
+        (found,) = answers(here.release(first)).values()
+        assert granted([found]).lease.ledger_tokens == 5_000
+
+    def test_what_can_never_fit_is_refused_at_once(self) -> None:
+        no = refused(self.world().request("a", 10_001, wait_ms=60_000))
+        assert (no.reason, no.retry_after_ms) == (RefusalReason.OVER_QUOTA, 0)
+
+    def test_what_fits_an_empty_quota_exactly_waits(self) -> None:
+        here = self.world()
+        first = here.grant("a", 1_000)
+        here.request("b", 10_000, wait_ms=60_000)
+        assert len(answers(here.release(first))) == 1
+        assert here.broker.lease_count() == 1
+
+    def test_what_is_replaced_does_not_count(self) -> None:
+        here = self.world()
+        lease = here.grant("a", 9_000)
+        assert granted(here.supersede(lease, 9_500)).lease.epoch == 2
+
+    def test_the_ledger_follows_the_turns(self) -> None:
+        here = self.world()
+        here.finish(here.grant("a", 6_000), 8_000)
+        assert refused(here.request("b", 2_001)).reason is RefusalReason.OVER_QUOTA
+        assert granted(here.request("b", 2_000))
+
+
+class TestSharedPrefix:
+    """Engines that hold a preamble need not prefill it."""
+
+    KEY = PrefixKey("tools-and-system")
+
+    def world(self) -> World:
+        preset = replace(DEFAULT, prefiller_hosts=PrefillerHosts.NEVER)
+        return World(settings=BrokerSettings(placement=preset), fleet=[spec("d0"), spec("p0", Role.PREFILLER)])
+
+    def learn(self, here: World, cached: int, conversation: str = "first") -> None:
+        lease = here.grant(conversation, 5_000, prefix_key=self.KEY)
+        assert lease.mode is Mode.LOCAL
+        here.finish(lease, 5_000, prompt_tokens=Tokens(5_000), cached_tokens=Tokens(cached))
+        here.release(lease)
+
+    def uncached(self, here: World, key: str | None = None) -> int:
+        lease = here.grant("next", 5_000, prefix_key=PrefixKey(self.KEY if key is None else key))
+        here.release(lease)
+        return next(each.uncached_tokens for each in lease.receipt.candidates if each.role == "decoder")
+
+    def test_its_length_is_learned_from_first_turns(self) -> None:
+        here = self.world()
+        self.learn(here, 0)
+        assert self.uncached(here) == 5_000
+        self.learn(here, 4_000, "second")
+        assert self.uncached(here) == 1_000
+        self.learn(here, 4_400, "third")
+        assert self.uncached(here) == 900
+
+    def test_a_first_turn_that_is_all_preamble_is_tiny(self) -> None:
+        here = self.world()
+        self.learn(here, 4_745)
+        here.observe("d0", running=500)
+        lease = here.grant("next", 5_000, prefix_key=self.KEY)
+        assert (lease.mode, lease.receipt.prefill_rule) == (Mode.LOCAL, "below_minimum")
+        assert here.view("d0").backlog_tokens == 255
+
+    def test_another_preamble_or_none_is_not_cached(self) -> None:
+        here = self.world()
+        self.learn(here, 4_000)
+        assert self.uncached(here, "other") == 5_000
+        assert self.uncached(here, "") == 5_000
+
+    def test_a_restart_forgets_it(self) -> None:
+        here = self.world()
+        self.learn(here, 4_000)
+        here.observe("d0", incarnation=Incarnation("i2"))
+        assert self.uncached(here) == 5_000
+
+    def test_after_a_migration_both_engines_hold_it_and_the_report_teaches_no_length(self) -> None:
+        here = self.world()
+        here.observe("d0", running=50)
+        lease = here.grant("first", 5_000, prefix_key=self.KEY)
+        assert lease.mode is Mode.MIGRATE
+        here.finish(lease, 5_000, cached_tokens=Tokens(4_990))
+        here.observe("d0")
+        assert self.uncached(here) == 5_000
+
+    def test_later_turns_teach_nothing(self) -> None:
+        here = self.world()
+        lease = here.grant("first", 5_000, prefix_key=self.KEY)
+        here.finish(lease, 5_000, cached_tokens=Tokens(4_000))
+        here.finish(lease, 9_000, cached_tokens=Tokens(5_000))
+        assert self.uncached(here) == 1_000
+
+    def test_a_successor_begins_with_the_same_preamble(self) -> None:
+        here = self.world()
+        self.learn(here, 4_000)
+        lease = here.grant("c", 5_000, prefix_key=self.KEY)
+        successor = granted(here.supersede(lease, 5_000)).lease
+        here.finish(successor, 5_000, cached_tokens=Tokens(4_400))
+        here.release(successor)
+        assert self.uncached(here) == 900
+
+    def test_the_oldest_is_forgotten_first(self) -> None:
+        here = self.world()
+        self.learn(here, 4_000)
+        for index in range(PREFIXES_MAX):
+            lease = here.grant("c", 300, prefix_key=PrefixKey(f"k{index}"))
+            here.finish(lease, 300)
+            here.release(lease)
+        assert self.uncached(here) == 5_000
+
+
+class TestHints:
+    """The parent's decoder, then the previous one."""
+
+    def test_a_sub_agent_goes_where_its_parent_is(self) -> None:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        parent = here.grant("parent", 2_000, hint=EngineId("d1"))
+        child = here.grant("child", 1_000, parent_lease_id=parent.lease_id, hint=EngineId("d0"))
+        assert (child.decoder.engine_id, child.receipt.rule) == ("d1", "parent")
+
+    def test_beyond_the_slack_the_hint_is_next(self) -> None:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        parent = here.grant("parent", 2_000, hint=EngineId("d1"))
+        here.observe("d1", kv_used_tokens=Tokens(60_000))
+        child = here.grant("child", 1_000, parent_lease_id=parent.lease_id, hint=EngineId("d0"))
+        assert (child.decoder.engine_id, child.receipt.rule) == ("d0", "hint")
+
+    @pytest.mark.parametrize("kind", ["gone", "another tenant"])
+    def test_a_parent_that_is_gone_or_foreign_is_none(self, kind: str) -> None:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        parent = here.grant("parent", 2_000, hint=EngineId("d1"), tenant="t" if kind == "gone" else "u")
+        if kind == "gone":
+            here.release(parent)
+        child = here.grant("child", 1_000, parent_lease_id=parent.lease_id)
+        assert (child.decoder.engine_id, child.receipt.rule) == ("d0", "most_free_kv")
+
+    def test_an_engine_that_loses_its_caches_is_no_hint(self) -> None:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        for index in range(6):
+            lease = here.grant(f"c{index}", 1_000, hint=EngineId("d1"))
+            here.finish(lease, 1_000, prompt_tokens=Tokens(900), cached_tokens=Tokens(16))
+            here.finish(lease, 1_200, prompt_tokens=Tokens(1_100), cached_tokens=Tokens(499))
+            here.release(lease)
+        view = here.view("d1")
+        assert (view.lost_caches, here.broker.counters.lost_caches) == (6, 6)
+        assert view.lost_share_ppm >= 500_000
+        assert here.grant("next", 1_000, hint=EngineId("d1")).decoder.engine_id == "d0"
+        here.observe("d1", incarnation=Incarnation("i2"))
+        assert here.view("d1").lost_caches == 0
+
+
+class TestLostCaches:
+    """Follow-up turns that found far less of their KV than was left there."""
+
+    def turns(self, *cached: int, context: int = 1_000) -> World:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        lease = here.grant("c", context, hint=EngineId("d0"))
+        for each in cached:
+            here.finish(lease, context, prompt_tokens=Tokens(context), cached_tokens=Tokens(each))
+        return here
+
+    @pytest.mark.parametrize(("cached", "lost"), [(500, 0), (499, 1), (0, 1)])
+    def test_less_than_half_is_lost(self, cached: int, lost: int) -> None:
+        assert self.turns(16, cached).view("d0").lost_caches == lost
+
+    def test_an_engine_that_never_says_what_it_cached_is_not_judged(self) -> None:
+        assert self.turns(0, 0, 0).view("d0").lost_caches == 0
+
+    def test_first_turns_and_tiny_ones_say_nothing(self) -> None:
+        assert self.turns(0, 900).view("d0").lost_caches == 0
+        assert self.turns(16, 0, context=255).view("d0").lost_caches == 0
+
+    def test_a_report_of_a_lease_whose_engine_left_counts_for_none(self) -> None:
+        here = World(settings=BrokerSettings(placement=AFFINITY))
+        lease = here.grant("c", 1_000, hint=EngineId("d0"))
+        elsewhere = World(settings=here.settings, fleet=[])
+        elsewhere.recover(lease)
+        elsewhere.finish(lease, 1_000)
+        elsewhere.finish(lease, 1_000)
+        assert elsewhere.broker.counters.lost_caches == 0
+
+
+def test_figures_of_the_last_grants() -> None:
+    here = World(settings=BrokerSettings(placement=AFFINITY))
+    model = ModelName("m")
+    none = here.broker.grant_figures(model)
+    assert (none.grants, none.wait_p95_ms, none.first_turn_p50_tokens) == (0, 0, 0)
+    for index in range(19):
+        here.release(here.grant(f"c{index}", 100 * (index + 1)))
+    full = here.grant("full", 32_000), here.grant("too", 32_000), here.grant("three", 32_000), here.grant("4", 32_000)
+    here.request("waits", 32_000, wait_ms=9_000, request_id=RequestId("waits"))
+    here.wait(700)
+    for lease in full:
+        here.release(lease)
+    figures = here.broker.grant_figures(model)
+    assert (figures.grants, figures.wait_p95_ms, figures.first_turn_p50_tokens) == (24, 0, 1_200)
