@@ -199,6 +199,7 @@ class Life:
     async def _step_down(self) -> None:
         service, self.front.service = self.front.service, None
         self._members().end()
+        self._metrics.forget()
         if service is not None:
             service.quiesce()
             await asyncio.to_thread(service.abandon)

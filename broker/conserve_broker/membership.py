@@ -103,7 +103,7 @@ class Membership:
     def end(self) -> None:
         """The leadership is over: what engines said to this broker is the next leader's to know."""
         self._service = None
-        self._members = {key: one for key, one in self._members.items() if one.origin != REGISTERED}
+        self._members = {key: one for key, one in self._members.items() if one.origin != REGISTERED and not one.leaving}
         self._rewatch()
 
     # ---- the sources --------------------------------------------------------------------------------------------

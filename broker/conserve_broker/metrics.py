@@ -52,10 +52,15 @@ class BrokerMetrics(Observer):
 
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""
-        if self._watched is not None:
-            self.registry.unregister(self._watched)
+        self.forget()
         self._watched = _CoreState(core, clock=clock)
         self.registry.register(self._watched)
+
+    def forget(self) -> None:
+        """Export no core's state any more: another broker leads."""
+        if self._watched is not None:
+            self.registry.unregister(self._watched)
+            self._watched = None
 
     def handled(self, route: str, seconds: float) -> None:
         """See `Observer.handled`."""

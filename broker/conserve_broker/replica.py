@@ -112,6 +112,11 @@ class Replica:
                 except JournalError as error:
                     self._failure, self._leader_url = str(error), ""
                     self._stopping.wait(_RETRY_S)
+                except Exception as fault:  # noqa: BLE001  # a replica that gave up for good would look like a standby
+                    self._failure, self._leader_url = f"the replica failed and begins anew: {fault!r}", ""
+                    self._valid_until_s, self._table = 0.0, None
+                    self._deposed(self._failure)
+                    self._stopping.wait(1.0)
         finally:
             self._valid_until_s = 0.0
             self._store.close()
@@ -120,6 +125,8 @@ class Replica:
         if self._table is None:
             self._read_all()
         while not self._stopping.is_set():
+            if not self._loop.responds():
+                raise JournalError("this broker hangs and does not run for leadership")
             asked_s = time.monotonic()
             claim = self._store.claim(url=self._url, fence_floor=self._fence)
             self._failure = ""

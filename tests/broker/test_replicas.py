@@ -176,6 +176,7 @@ def test_a_leader_that_was_paused_past_its_lock_does_not_grant(replicas: Replica
             assert problem(answer()).code == "not_leader"
         until(lambda: first.readyz()["role"] == "standby", what="the old leader as a standby")
         assert problem(first.ask("another")).leader_url == second.url
+        assert "conserve_leases_active" not in httpx2.get(f"{first.url}/metrics").text, "what it knew is out of date"
     nothing_is_lost(load, second)
     assert second.metric("conserve_lease_readopted_total") == 0, "the table was warm"
 
