@@ -22,6 +22,8 @@ from conserve_sdk.core.units import Ms, Tokens
 from .leased import Stage
 
 REQUIRE_VARIABLE = "CONSERVE_REQUIRE_VLLM"
+GUARDED_VARIABLE = "CONSERVE_VLLM_GUARDED"
+"""Set to run the tests of broker and SDK (those with `stage`) through guards."""
 SETTLE_BUDGET_S = 30.0
 REQUEST_BUDGET_S = 50.0
 
@@ -48,7 +50,11 @@ def fleet() -> Iterator[VllmFleet]:
             raise
         pytest.skip(str(missing))
     options = FleetOptions(
-        references=1, max_model_tokens=Tokens(4_096), kv_cache_tokens=Tokens(12_288), hold_ms=Ms(30_000)
+        references=1,
+        max_model_tokens=Tokens(4_096),
+        kv_cache_tokens=Tokens(12_288),
+        hold_ms=Ms(30_000),
+        guarded=frozenset({"p0", "d0", "d1"} if os.environ.get(GUARDED_VARIABLE) else ()),
     )
     with VllmFleet(options) as running:
         yield running

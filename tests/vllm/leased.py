@@ -61,6 +61,7 @@ class Stage:
                 "placement": {"preset": preset},
                 "scrape": {"interval_ms": 200},
                 "journal": {"path": str(self._folder / "leases.sqlite") if journal else ""},
+                "token": {"keys": [self.fleet.token_key]},
                 "engine": entries,
                 **tables,
             }
