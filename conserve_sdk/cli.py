@@ -31,12 +31,14 @@ _SUMMARIES: Final = {
     "emulate": "run an emulated vLLM fleet",
     "engines": "list, drain and undrain engines",
     "explain": "show why a lease was placed where it is",
+    "worker": "start an engine as a member of a fleet",
 }
 _EXTRAS: Final = {
     "conserve_broker": "broker",
     "conserve_lab": "lab",
     "conserve_langgraph": "langgraph",
     "conserve_openai_agents": "openai-agents",
+    "conserve_vllm": "vllm",
 }
 
 

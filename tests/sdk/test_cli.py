@@ -10,7 +10,7 @@ import pytest
 from conserve_sdk import cli
 from conserve_sdk.errors import BrokerUnavailable, ConfigError
 
-COMMANDS = ["bench", "broker", "demo", "doctor", "emulate", "engines", "explain"]
+COMMANDS = ["bench", "broker", "demo", "doctor", "emulate", "engines", "explain", "worker"]
 
 
 @pytest.fixture

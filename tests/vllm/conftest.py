@@ -41,14 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Iterator[VllmFleet]:
-    """One prefiller, two decoders and an aggregated reference; caches of 12,288 tokens, which tests can fill."""
+def vllm_here() -> None:
+    """Skips where there is no vLLM, unless there must be one."""
     try:
         find_venv()
     except VllmMissingError as missing:
         if os.environ.get(REQUIRE_VARIABLE):
             raise
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def fleet(vllm_here: None) -> Iterator[VllmFleet]:
+    """One prefiller, two decoders and an aggregated reference; caches of 12,288 tokens, which tests can fill."""
     options = FleetOptions(
         references=1,
         max_model_tokens=Tokens(4_096),

@@ -14,7 +14,7 @@ Role = Literal["prefiller", "decoder", "both"]
 
 MODEL_NAME = ModelName("conserve-tiny")
 CONNECTOR = "NixlConnector"
-CONNECTOR_MODULE = "quiet_nixl"
+CONNECTOR_MODULE = "conserve_vllm.quiet_nixl"
 TRANSFER_GROUP = "nixl"
 
 # NIXL on a CPU works with multiples of 32 only (the CPU attention's block size).

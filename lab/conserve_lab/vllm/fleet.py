@@ -274,7 +274,7 @@ class VllmFleet:
     def _shared_env(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COVERAGE", "VLLM", "VIRTUAL_ENV"))}
         return kept | {
-            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(self._guard_packages())]),
+            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(self._packages())]),
             KEY_VARIABLE: self._secret,
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
@@ -287,8 +287,8 @@ class VllmFleet:
             "OMP_NUM_THREADS": "1",
         }
 
-    def _guard_packages(self) -> Path:
-        """A folder with what the guard needs and nothing else: vLLM's environment has its own of everything."""
+    def _packages(self) -> Path:
+        """A folder with guard and connector and nothing else: vLLM's environment has its own of everything."""
         folder = self._logs / "packages"
         folder.mkdir(exist_ok=True)
         for package in (conserve_sdk, conserve_vllm):
