@@ -40,11 +40,22 @@ class Worker:
         self._plan = plan
         self._options = options
         self._broker: Registration | None = None
+        self._entry: Mapping[str, Any] = plan.entry
         self._ending = 0
 
     def run(self) -> int:
-        """Run to the end; returns the exit code of the engine."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        """Run to the end; returns the exit code of the engine.
+
+        Raises:
+            Clash: the command cannot be started.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return self._run()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _run(self) -> int:
         child = Child(self._plan.argv, self._plan.env)
         if self._options.broker_url:
             self._broker = Registration(
