@@ -12,6 +12,7 @@ PACKAGES = {
     "conserve_broker": ROOT / "broker/conserve_broker",
     "conserve_langgraph": ROOT / "integrations/conserve_langgraph",
     "conserve_openai_agents": ROOT / "integrations/conserve_openai_agents",
+    "conserve_vllm": ROOT / "integrations/conserve_vllm",
     "conserve_lab": ROOT / "lab/conserve_lab",
 }
 

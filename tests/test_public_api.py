@@ -116,6 +116,8 @@ PUBLIC: dict[str, list[str]] = {
     "conserve_broker": ["BrokerConfig", "BrokerServer", "ConfigProblem", "load_config"],
     "conserve_langgraph": ["ChatConServe", "ConServeChat"],
     "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider"],
+    "conserve_vllm": ["GuardConfigError", "GuardSettings", "LeaseGuard"],
+    "conserve_vllm.worker": ["worker_main"],
     "conserve_lab": [],
     "conserve_lab.engine_model": [
         "BlockPool",
