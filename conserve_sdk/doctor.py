@@ -108,7 +108,10 @@ def check_broker(http: httpx2.Client, broker_url: str) -> Iterator[Finding]:
         how = "the broker knows none: name them in its configuration"
         yield Finding(verdict="fail", subject="engines", detail=how)
     for engine in fleet.engines:
-        yield _check_engine(http, engine)
+        found = _check_engine(http, engine)
+        yield found
+        if found.verdict == "ok":
+            yield _check_guard(http, engine)
 
 
 def _check_protocol(fleet: FleetInfo) -> Iterator[Finding]:
@@ -130,6 +133,37 @@ def _check_engine(http: httpx2.Client, engine: EngineInfo) -> Finding:
         how = f"the broker reaches it, this machine does not ({_reason(exc)}): turns go there directly, open the way"
         return Finding(verdict="fail", subject=subject, detail=f"{seen}; {engine.url}: {how}")
     return Finding(verdict="ok", subject=subject, detail=f"{seen}; answers at {engine.url}")
+
+
+def _check_guard(http: httpx2.Client, engine: EngineInfo) -> Finding:
+    """Report what the engine's guard says of itself (`conserve_vllm.LeaseGuard`), or that there is none."""
+    subject = f"guard of {engine.engine_id}"
+    try:
+        answer = http.get(f"{engine.url.rstrip('/')}/conserve/engine")
+        told = answer.json() if answer.status_code == httpx2.codes.OK else None
+    except (httpx2.HTTPError, ValueError):
+        told = None
+    if not isinstance(told, dict) or "incarnation" not in told:
+        how = "none: any client that reaches this engine can end it or make it answer wrong text (docs/security.md)"
+        return Finding(verdict="note", subject=subject, detail=how)
+    if told.get("engine_id") != engine.engine_id:
+        how = f"takes itself for {told.get('engine_id')!r}: correct CONSERVE_GUARD_ENGINE_ID, or it refuses every lease"
+        return Finding(verdict="fail", subject=subject, detail=how)
+    if engine.incarnation and told["incarnation"] not in ("", engine.incarnation):
+        how = (
+            f"lives as {told['incarnation']}, the broker knows {engine.incarnation}: it refuses leases until they agree"
+        )
+        return Finding(verdict="fail", subject=subject, detail=how)
+    costs = {
+        "kv_load_failure_policy is not recompute: a failed transfer is an HTTP 500": engine.role != "prefiller"
+        and told.get("kv_load_failure_policy") not in (None, "recompute"),
+        "no prefix cache: every turn is computed from its beginning": told.get("prefix_caching") is False,
+        "no prompt token details: a lost cache goes unseen": told.get("prompt_tokens_details") is False,
+    }
+    found = [cost for cost, applies in costs.items() if applies]
+    if found:
+        return Finding(verdict="note", subject=subject, detail="; ".join(found))
+    return Finding(verdict="ok", subject=subject, detail=f"lives as {told['incarnation']}")
 
 
 def _parser() -> argparse.ArgumentParser:

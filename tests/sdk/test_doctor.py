@@ -21,11 +21,14 @@ class Network(httpx2.BaseTransport):
         self.ready = 200
         self.fleet_changes: dict = {}
         self.silent: set[str] = set()
+        self.guards: dict[str, object] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         host, path = request.url.host, request.url.path
         if host in self.silent:
             raise httpx2.ConnectTimeout("timed out", request=request)
+        if path == "/conserve/engine" and host in self.guards:
+            return httpx2.Response(200, json=self.guards[host])
         if host != "broker.invalid":
             return httpx2.Response(200 if path == "/health" else 404)
         if path in ("/healthz", "/readyz"):
@@ -161,3 +164,33 @@ def test_a_broker_process_with_an_emulated_fleet(capsys) -> None:
             (line,) = fails(lines)
             assert code == 1
             assert line.startswith("fail  engine d0:")
+
+
+GUARDS = {
+    "none": (None, "note", "none: any client"),
+    "something else": (["x"], "note", "none: any client"),
+    "well": ({}, "ok", "lives as "),
+    "another engine": ({"engine_id": "d9"}, "fail", "correct CONSERVE_GUARD_ENGINE_ID"),
+    "another life": ({"incarnation": "started-1.00"}, "fail", "it refuses leases until they agree"),
+    "policy": ({"kv_load_failure_policy": "fail"}, "note", "is not recompute"),
+    "no cache": ({"prefix_caching": False}, "note", "no prefix cache"),
+    "no details": ({"prompt_tokens_details": False}, "note", "no prompt token details"),
+}
+
+
+def _engines(network: Network) -> list:
+    with httpx2.Client(transport=network.broker) as http:
+        return list(http.get("http://broker.invalid/v1/fleet").json()["engines"])
+
+
+@pytest.mark.parametrize(("change", "verdict", "text"), GUARDS.values(), ids=GUARDS)
+def test_guards_are_asked_who_they_are(capsys, network: Network, change, verdict: str, text: str) -> None:
+    engines = {engine["engine_id"]: engine for engine in _engines(network)}
+    if change is not None:
+        told = {"engine_id": "d1", "incarnation": engines["d1"]["incarnation"]}
+        network.guards["d1.invalid"] = told | change if isinstance(change, dict) else change
+    code, lines = run(capsys, *ASK, transport=network)
+    (line,) = [line for line in lines if "guard of d1:" in line]
+    assert line.startswith(verdict)
+    assert text in line
+    assert code == (verdict == "fail")
