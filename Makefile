@@ -5,7 +5,7 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents integrations/conserve_pydantic_ai lab/conserve_lab
+PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents integrations/conserve_pydantic_ai integrations/conserve_vllm lab/conserve_lab
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-vllm test test-vllm check bench format clean

@@ -34,12 +34,14 @@ _SUMMARIES: Final = {
     "drain": "give an engine no new leases; --wait for its last one to end",
     "undrain": "let a drained engine take leases again",
     "explain": "show why a lease was placed where it is",
+    "worker": "start an engine as a member of a fleet",
 }
 _EXTRAS: Final = {
     "conserve_broker": "broker",
     "conserve_lab": "lab",
     "conserve_langgraph": "langgraph",
     "conserve_openai_agents": "openai-agents",
+    "conserve_vllm": "vllm",
 }
 
 

@@ -13,6 +13,7 @@ PACKAGES = {
     "conserve_langgraph": ROOT / "integrations/conserve_langgraph",
     "conserve_openai_agents": ROOT / "integrations/conserve_openai_agents",
     "conserve_pydantic_ai": ROOT / "integrations/conserve_pydantic_ai",
+    "conserve_vllm": ROOT / "integrations/conserve_vllm",
     "conserve_lab": ROOT / "lab/conserve_lab",
 }
 

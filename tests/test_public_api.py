@@ -153,6 +153,8 @@ PUBLIC: dict[str, list[str]] = {
     "conserve_langgraph": ["ChatConServe", "ConServeCallbackHandler", "ConServeChat", "ConServeMiddleware"],
     "conserve_openai_agents": ["ConServeModel", "ConServeModelProvider", "ConServeResponsesModel"],
     "conserve_pydantic_ai": ["ConServeModel", "ConServeProvider"],
+    "conserve_vllm": ["GuardConfigError", "GuardSettings", "LeaseGuard"],
+    "conserve_vllm.worker": ["worker_main"],
     "conserve_lab": [],
     "conserve_lab.engine_model": [
         "BlockPool",

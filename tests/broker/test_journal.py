@@ -31,6 +31,7 @@ from conserve_broker.journal import (
 from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
+from conserve_sdk.core.units import EngineId, Tokens
 
 WRITER = Path(__file__).with_name("journal_writer.py")
 BUDGET_S = 30.0

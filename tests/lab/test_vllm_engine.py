@@ -31,7 +31,7 @@ def flag(argv, name):
 def test_the_role_becomes_the_connectors_role(role, kv_role):
     config = json.loads(flag(engine_argv(spec(role)), "--kv-transfer-config"))
     assert config["kv_role"] == kv_role
-    assert (config["kv_connector"], config["kv_connector_module_path"]) == ("NixlConnector", "quiet_nixl")
+    assert (config["kv_connector"], config["kv_connector_module_path"]) == ("NixlConnector", "conserve_vllm.quiet_nixl")
 
 
 @pytest.mark.parametrize("role", ["decoder", "both"])

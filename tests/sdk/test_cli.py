@@ -23,6 +23,7 @@ COMMANDS = [
     "lab",
     "simulate",
     "undrain",
+    "worker",
 ]
 
 

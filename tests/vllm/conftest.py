@@ -22,6 +22,8 @@ from conserve_sdk.core.units import Ms, Tokens
 from .leased import Stage
 
 REQUIRE_VARIABLE = "CONSERVE_REQUIRE_VLLM"
+GUARDED_VARIABLE = "CONSERVE_VLLM_GUARDED"
+"""Set to run the tests of broker and SDK (those with `stage`) through guards."""
 SETTLE_BUDGET_S = 30.0
 REQUEST_BUDGET_S = 50.0
 
@@ -39,16 +41,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Iterator[VllmFleet]:
-    """One prefiller, two decoders and an aggregated reference; caches of 12,288 tokens, which tests can fill."""
+def vllm_here() -> None:
+    """Skips where there is no vLLM, unless there must be one."""
     try:
         find_venv()
     except VllmMissingError as missing:
         if os.environ.get(REQUIRE_VARIABLE):
             raise
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def fleet(vllm_here: None) -> Iterator[VllmFleet]:
+    """One prefiller, two decoders and an aggregated reference; caches of 12,288 tokens, which tests can fill."""
     options = FleetOptions(
-        references=1, max_model_tokens=Tokens(4_096), kv_cache_tokens=Tokens(12_288), hold_ms=Ms(30_000)
+        references=1,
+        max_model_tokens=Tokens(4_096),
+        kv_cache_tokens=Tokens(12_288),
+        hold_ms=Ms(30_000),
+        guarded=frozenset({"p0", "d0", "d1"} if os.environ.get(GUARDED_VARIABLE) else ()),
     )
     with VllmFleet(options) as running:
         yield running

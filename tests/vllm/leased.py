@@ -51,9 +51,15 @@ class Stage:
         self._exit = ExitStack()
 
     def broker(
-        self, *, preset: str = "paper", engines: list[Json] | None = None, journal: bool = False, **tables: Any
+        self,
+        *,
+        preset: str = "paper",
+        engines: list[Json] | None = None,
+        journal: bool = False,
+        ready: int | None = None,
+        **tables: Any,
     ) -> BrokerServer:
-        """Start a broker that sees the engines; `paper` migrates every first turn."""
+        """Start a broker that sees the engines, or `ready` of them; `paper` migrates every first turn."""
         entries = self.fleet.broker_engines() if engines is None else engines
         config = BrokerConfig.from_mapping(
             {
@@ -61,12 +67,13 @@ class Stage:
                 "placement": {"preset": preset},
                 "scrape": {"interval_ms": 200},
                 "journal": {"path": str(self._folder / "leases.sqlite") if journal else ""},
+                "token": {"keys": [self.fleet.token_key]},
                 "engine": entries,
                 **tables,
             }
         )
         broker = self._exit.enter_context(BrokerServer(config))
-        broker.wait_until_ready(timeout_s=READY_BUDGET_S, engines=len(entries))
+        broker.wait_until_ready(timeout_s=READY_BUDGET_S, engines=len(entries) if ready is None else ready)
         return broker
 
     def sdk(self, broker: BrokerServer | str, **options: Any) -> ConServe:

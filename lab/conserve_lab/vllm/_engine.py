@@ -14,7 +14,7 @@ Role = Literal["prefiller", "decoder", "both"]
 
 MODEL_NAME = ModelName("conserve-tiny")
 CONNECTOR = "NixlConnector"
-CONNECTOR_MODULE = "quiet_nixl"
+CONNECTOR_MODULE = "conserve_vllm.quiet_nixl"
 TRANSFER_GROUP = "nixl"
 
 # NIXL on a CPU works with multiples of 32 only (the CPU attention's block size).
@@ -42,6 +42,7 @@ class EngineSpec:
         max_sequences: Most requests in one batch.
         hold_ms: How long a decoder keeps a turn's blocks when asked to by `do_remote_decode`. A prefiller's blocks
             wait vLLM's own 30 s for whoever fetches them.
+        guard_key: The broker's token key as `kid=env:NAME`, for a `LeaseGuard` in front; "" starts none.
     """
 
     engine_id: EngineId
@@ -53,6 +54,7 @@ class EngineSpec:
     kv_cache_bytes: int
     max_sequences: int
     hold_ms: Ms
+    guard_key: str = ""
 
     @property
     def max_hold_ms(self) -> Ms:
@@ -131,17 +133,21 @@ def engine_argv(spec: EngineSpec) -> list[str]:
     ]
     if spec.side_channel_port is not None:
         argv += ["--kv-transfer-config", _json(**_transfer_config(spec))]
+    if spec.guard_key:
+        argv += ["--middleware", "conserve_vllm.LeaseGuard"]
     return argv
 
 
 def engine_env(spec: EngineSpec) -> dict[str, str]:
     """What this engine needs in its environment beyond what all of a fleet share."""
-    if spec.side_channel_port is None:
-        return {}
-    return {
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.side_channel_port),
-    }
+    env: dict[str, str] = {}
+    if spec.side_channel_port is not None:
+        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
+        env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(spec.side_channel_port)
+    if spec.guard_key:
+        env["CONSERVE_GUARD_ENGINE_ID"] = spec.engine_id
+        env["CONSERVE_GUARD_KEYS"] = spec.guard_key
+    return env
 
 
 def _transfer_config(spec: EngineSpec) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -14,6 +15,8 @@ from typing import Any, Self
 
 import httpx2
 
+import conserve_sdk
+import conserve_vllm
 from conserve_lab.vllm._engine import (
     CONNECTOR,
     MODEL_NAME,
@@ -40,6 +43,8 @@ DEFAULT_CACHE = Path(".cache/vllm")
 POLL_INTERVAL_S = 0.1
 KILL_BUDGET_S = 20.0
 LOG_TAIL_LINES = 5
+KEY_ID = "fleet"
+KEY_VARIABLE = "CONSERVE_FLEET_TOKEN_KEY"
 
 Say = Callable[[str], None]
 
@@ -59,6 +64,7 @@ class FleetOptions:
         hold_ms: How long a decoder keeps the blocks of a turn that asked for it. Whole seconds.
         start_budget_s: How long the fleet, or one restarted engine, may take to be healthy.
         shape: The model.
+        guarded: Ids of engines that get a `LeaseGuard` in front; a broker then signs with `VllmFleet.token_key`.
     """
 
     prefillers: int = 1
@@ -71,6 +77,7 @@ class FleetOptions:
     hold_ms: Ms = Ms(30_000)
     start_budget_s: float = 180.0
     shape: ModelShape = field(default_factory=ModelShape)
+    guarded: frozenset[str] = frozenset()
 
 
 def find_venv(venv: Path | None = None) -> Path:
@@ -122,6 +129,7 @@ class VllmFleet:
         self._keeps_logs = logs is not None
         self._given_logs = logs
         self._say = say
+        self._secret = secrets.token_hex(32)
         self._specs: dict[EngineId, EngineSpec] = {}
         self._engines: dict[EngineId, Engine] = {}
 
@@ -175,6 +183,11 @@ class VllmFleet:
     def eos_token_id(self) -> int:
         """For `logit_bias={str(id): 100}`: a random model then ends its answer as soon as a grammar allows it."""
         return eos_token_id(self._model)
+
+    @property
+    def token_key(self) -> dict[str, str]:
+        """The key that guards accept, as an entry of a broker's `token.keys`."""
+        return {"kid": KEY_ID, "secret": self._secret}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -255,12 +268,14 @@ class VllmFleet:
                     kv_cache_bytes=options.kv_cache_tokens * options.shape.kv_bytes_per_token,
                     max_sequences=options.max_sequences,
                     hold_ms=options.hold_ms,
+                    guard_key=f"{KEY_ID}=env:{KEY_VARIABLE}" if f"{letter}{number}" in options.guarded else "",
                 )
 
     def _shared_env(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COVERAGE", "VLLM", "VIRTUAL_ENV"))}
         return kept | {
-            "PYTHONPATH": str(SCRIPT.parent),
+            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(self._packages())]),
+            KEY_VARIABLE: self._secret,
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -271,6 +286,16 @@ class VllmFleet:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": "1",
         }
+
+    def _packages(self) -> Path:
+        """A folder with guard and connector and nothing else: vLLM's environment has its own of everything."""
+        folder = self._logs / "packages"
+        folder.mkdir(exist_ok=True)
+        for package in (conserve_sdk, conserve_vllm):
+            link = folder / package.__name__
+            if not link.exists():
+                link.symlink_to(Path(package.__path__[0]).absolute(), target_is_directory=True)
+        return folder
 
     def _launch(self, engine_id: EngineId) -> int:
         spec = self._specs[engine_id]

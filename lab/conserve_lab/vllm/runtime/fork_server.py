@@ -156,7 +156,6 @@ def _never_import_again() -> None:
 
 def _import_vllm() -> Callable[[], None]:
     """Import all that a server would import after the fork; returns vLLM's own entry point."""
-    import quiet_nixl  # noqa: F401  the connector, and NIXL's bindings with it
     import vllm.model_executor.models.llama
     import vllm.v1.attention.backends.cpu_attn
     import vllm.v1.engine.async_llm
@@ -166,6 +165,8 @@ def _import_vllm() -> Callable[[], None]:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     import xgrammar  # noqa: F401
     from vllm.entrypoints.launchers.api_server import entry
+
+    from conserve_vllm.quiet_nixl import NixlConnector  # noqa: F401  the connector, and NIXL's bindings with it
 
     return entry.main
 

@@ -1,0 +1,255 @@
+"""The crash and corruption table of `kv_transfer_params`, fired at a guarded decoder: it lives and says the truth.
+
+`test_dangers.py` fires the same at decoders without a guard, which die or lie; the first test here does both.
+"""
+
+import contextlib
+import time
+
+import httpx2
+import pytest
+
+from conserve_lab.vllm import FleetOptions, VllmFleet
+from conserve_sdk.core.lease import EngineBinding, Mode
+from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, Tokens
+from conserve_sdk.tokens import LeaseClaims, SigningKey, TokenSigner
+
+from .conftest import REQUEST_BUDGET_S, RawProtocol
+from .leased import Conversation, Stage
+
+DEATH_BUDGET_S = 60.0
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+HOLD = {"do_remote_decode": True}
+
+
+class Leased(RawProtocol):
+    """Speaks by hand, with a lease that a broker with the fleet's key might have granted."""
+
+    def __init__(self, fleet, http):
+        super().__init__(fleet, http)
+        key = fleet.token_key
+        self.signer = TokenSigner([SigningKey(kid=key["kid"], secret=key["secret"].encode())])
+        self.lease_token = self.token()
+
+    def identity(self, engine_id):
+        return self.http.get(f"{self.fleet.engines[engine_id].url}/conserve/engine").raise_for_status().json()
+
+    def token(self, *, decoder="d0", life=None, ends_in_ms=600_000):
+        now_ms = time.time_ns() // 1_000_000
+        return self.signer.sign(
+            LeaseClaims(
+                lease_id=LeaseId("by-hand"),
+                epoch=1,
+                tenant="default",
+                conversation_id="c",
+                lineage="main",
+                model=self.fleet.model,
+                mode=Mode.MIGRATE,
+                prefiller=self._binding("p0", None),
+                decoder=self._binding(decoder, life),
+                ttl_ms=Ms(60_000),
+                hold_ms=Ms(30_000),
+                append_threshold_tokens=Tokens(0),
+                ledger_tokens=Tokens(0),
+                granted_at_ms=Ms(now_ms),
+                exp_ms=Ms(now_ms + ends_in_ms),
+            )
+        )
+
+    def _binding(self, engine_id, life):
+        engine = self.fleet.engines[engine_id]
+        told = self.identity(engine_id)["incarnation"] if life is None and engine_id != "d1" else life or ""
+        return EngineBinding(engine_id=EngineId(engine_id), url=engine.url, incarnation=Incarnation(told))
+
+    def post(self, engine_id, body, *, path="chat/completions"):
+        url = f"{self.fleet.engines[engine_id].api}/{path}"
+        return self.http.post(url, json=body, headers={"X-ConServe-Lease": self.lease_token})
+
+    def prefill(self, body, *, path="chat/completions"):
+        one = {"max_output_tokens": 1} if path == "responses" else {"max_tokens": 1}
+        leg = body | one | {"stream": False, "return_token_ids": True, "kv_transfer_params": PREFILL}
+        answer = self.ask("p0", leg, path=path)
+        params = answer["kv_transfer_params"]
+        if path == "chat/completions":
+            params["prompt_token_ids"] = answer["prompt_token_ids"]
+        return params
+
+    def refused(self, body, params, *, code, engine_id="d0", path="chat/completions"):
+        answer = self.post(engine_id, body | {"kv_transfer_params": params}, path=path)
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.json()["error"]["code"] == code
+
+    def check_well(self, body, *, engine_id="d0", path="chat/completions"):
+        """The decoder lives, and what it says about this prompt is what an engine that never pulled says."""
+        assert self.fleet.is_alive(engine_id)
+        assert self.said(self.ask(engine_id, body, path=path)) == self.said(self.ask("a0", body, path=path))
+
+
+@pytest.fixture(scope="module")
+def guarded_fleet(vllm_here):
+    options = FleetOptions(
+        references=1,
+        max_model_tokens=Tokens(4_096),
+        kv_cache_tokens=Tokens(12_288),
+        guarded=frozenset({"p0", "d0"}),
+    )
+    with VllmFleet(options) as running:
+        yield running
+
+
+@pytest.fixture
+def leased(guarded_fleet):
+    with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
+        yield Leased(guarded_fleet, http)
+
+
+def test_made_up_params_kill_the_decoder_without_a_guard_and_not_the_one_with(leased, guarded_fleet):
+    body = leased.body(leased.task("made up, twice"))
+    leased.refused(body, {"do_remote_prefill": True}, code="bad_transfer_params")
+    with contextlib.suppress(httpx2.TransportError):  # it may die before it could say so
+        leased.post("d1", body | {"kv_transfer_params": {"do_remote_prefill": True}})
+    assert guarded_fleet.wait_dead("d1", timeout_s=DEATH_BUDGET_S)
+    leased.check_well(body)
+
+
+def test_a_transfer_passes_and_is_one(leased, guarded_fleet):
+    body = leased.body(leased.task("through two guards"), max_tokens=24)
+    before = guarded_fleet.metrics("d0")
+    params = leased.prefill(body)
+    answer = leased.ask("d0", body | {"kv_transfer_params": params | HOLD})
+    assert leased.said(answer) == leased.said(leased.ask("a0", body))
+    moved = leased.settled("d0", lambda now: now.since(before).transfers == 1).since(before)
+    assert moved.prompt_transferred_tokens == len(params["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("path", ["completions", "responses"])
+def test_the_other_routes_pass_too(leased, guarded_fleet, path):
+    prompt = leased.prose(f"guarded {path}", 120)
+    body = {"model": guarded_fleet.model, "temperature": 0}
+    body |= {"input": prompt, "max_output_tokens": 16} if path == "responses" else {"prompt": prompt, "max_tokens": 16}
+    before = guarded_fleet.metrics("d0")
+    answer = leased.ask("d0", body | {"kv_transfer_params": leased.prefill(body, path=path)}, path=path)
+    assert leased.said(answer) == leased.said(leased.ask("a0", body, path=path))
+    assert leased.settled("d0", lambda now: now.since(before).transfers == 1)
+
+
+def test_a_second_use_is_refused_where_vllm_would_answer_wrong_text(leased):
+    body = leased.body(leased.task("guarded replay", words=900), max_tokens=24)
+    params = leased.prefill(body)
+    leased.ask("d0", body | {"kv_transfer_params": params})
+    leased.refused(body, params, code="transfer_used")
+    leased.check_well(body)
+
+
+def test_a_longer_prompt_is_refused_where_vllm_would_end(leased):
+    params = leased.prefill(leased.body(leased.task("guarded longer", words=100)))
+    longer = leased.body(leased.task("guarded longer", words=400))
+    leased.refused(longer, params, code="prompt_differs")
+    without_ids = {key: value for key, value in params.items() if key != "prompt_token_ids"}
+    leased.refused(longer, without_ids, code="prompt_differs")
+    leased.check_well(longer)
+
+
+CHANGES = {
+    "empty blocks": ({"remote_block_ids": []}, "bad_transfer_params"),
+    "no request id": ({"remote_request_id": None}, "bad_transfer_params"),
+    "too few blocks": ({"remote_block_ids": [[1]]}, "transfer_altered"),
+    "blocks out of range": ({"remote_block_ids": [[10**6, 10**6 + 1]]}, "transfer_altered"),
+    "another host": ({"remote_host": "127.0.0.2"}, "transfer_altered"),
+    "wrong port": ({"remote_port": 9}, "transfer_altered"),
+    "wrong parallelism": ({"tp_size": 2}, "transfer_altered"),
+    "no stamp": ({"conserve_stamp": None}, "transfer_unstamped"),
+}
+
+
+@pytest.mark.parametrize(("change", "code"), CHANGES.values(), ids=CHANGES)
+def test_changed_params_are_refused(leased, change, code):
+    body = leased.body(leased.task(f"changed {code} {sorted(change)}", words=60))
+    leased.refused(body, leased.prefill(body) | change, code=code)
+    leased.check_well(body)
+
+
+def test_another_conversations_params_are_refused_where_vllm_would_answer_garbage(leased):
+    body = leased.body(leased.task("mine", words=100))
+    leased.refused(body, leased.prefill(leased.body(leased.task("not mine", words=100))), code="prompt_differs")
+    leased.check_well(body)
+
+
+def test_a_lease_is_of_one_life_of_one_engine_and_ends(leased):
+    body = leased.body(leased.task("leases", words=60))
+    params = leased.prefill(body)
+    for wrong, code in [
+        (leased.token(decoder="d1"), "lease_elsewhere"),
+        (leased.token(life="started-1.00"), "engine_restarted"),
+        (leased.token(ends_in_ms=-60_000), "lease_expired"),
+        ("nonsense", "lease_invalid"),
+    ]:
+        leased.lease_token = wrong
+        leased.refused(body, params, code=code)
+    leased.check_well(body)  # plain requests need no lease
+
+
+def test_a_prefiller_keeps_nothing_for_strangers(leased):
+    leased.lease_token = "nonsense"
+    leased.refused(leased.body(leased.task("stranger")), PREFILL, code="lease_invalid", engine_id="p0")
+
+
+def test_a_hold_without_a_lease_is_a_plain_turn(leased):
+    leased.lease_token = ""
+    body = leased.body(leased.task("holding", words=60))
+    answer = leased.post("d0", body | {"kv_transfer_params": HOLD})
+    assert answer.status_code == 200
+    assert answer.headers["x-conserve-guard"].startswith("hold-stripped")
+    assert leased.said(answer.json()) == leased.said(leased.ask("a0", body))
+
+
+def test_the_guard_tells_what_vllm_does_not(leased, guarded_fleet):
+    told = leased.identity("d0")
+    engine = guarded_fleet.engines["d0"]
+    started = next(
+        float(line.split()[1])
+        for line in leased.http.get(f"{engine.url}/metrics").text.splitlines()
+        if line.startswith("process_start_time_seconds ")
+    )
+    assert told["incarnation"] == f"started-{started:.2f}", "as a broker's scrape derives it"
+    assert (told["engine_id"], told["role"], told["connector"]) == ("d0", "decoder", "NixlConnector")
+    assert (told["kv_load_failure_policy"], told["kv_lease_duration_ms"]) == ("recompute", 30_000)
+    assert (told["models"], told["block_size_tokens"]) == ([guarded_fleet.model], engine.block_size_tokens)
+    assert (told["prefix_caching"], told["prompt_tokens_details"]) == (True, True)
+    assert told["max_model_len_tokens"] == 4_096
+    assert told["side_channel"]["host"] == "127.0.0.1"
+    params = leased.prefill(leased.body(leased.task("who", words=60)))
+    prefiller = leased.identity("p0")
+    assert prefiller["role"] == "prefiller"
+    assert (prefiller["kv_engine_id"], prefiller["side_channel"]["port"]) == (
+        params["remote_engine_id"],
+        params["remote_port"],
+    )
+
+
+def test_the_sdk_passes_through_guards_unchanged(guarded_fleet, leased, tmp_path):
+    """A first turn that is moved, follow-ups that are held, and a failover when the decoder dies."""
+    raw = RawProtocol(guarded_fleet, leased.http)
+    stage = Stage(guarded_fleet, raw, tmp_path)
+    try:
+        if guarded_fleet.is_alive("d1"):
+            guarded_fleet.kill("d1")
+        client = stage.client(stage.sdk(stage.broker(engines=guarded_fleet.broker_engines(), ready=2)))
+        talk = Conversation(stage, "guarded talk")
+        for _ in range(3):
+            talk.ask(client)
+        assert [(turn.migrated, turn.loss, turn.error) for turn in stage.turns.records] == [
+            (True, "", ""),
+            (False, "", ""),
+            (False, "", ""),
+        ]
+        assert stage.turns.records[-1].cached_tokens > 0
+        counts = leased.identity("d0")["guard"]
+        assert counts["pull"] >= 1
+        assert counts["hold"] >= 2
+        guarded_fleet.restart("d1")
+        guarded_fleet.kill("d0")
+        talk.ask(client)
+        assert (stage.last.decoder_id, stage.last.error) == ("d1", "")
+    finally:
+        stage.close()
