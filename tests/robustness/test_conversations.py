@@ -24,7 +24,7 @@ def more(messages: list[dict], answer: str) -> list[dict]:
     return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": "more"}]
 
 
-def test_names_and_leases_do_not_mix(engine, front, at_rest) -> None:
+def test_names_and_leases_do_not_mix(engine, front, at_rest) -> None:  # noqa: C901 -- one small function per way
     """Every request says in its first word whose it is; the engine compares that with the name it travels under."""
     prefiller, one, two = engine(), engine(), engine()
     conserve = front(p0=prefiller, d0=one, d1=two)
