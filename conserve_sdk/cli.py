@@ -34,6 +34,8 @@ _SUMMARIES: Final = {
     "drain": "give an engine no new leases; --wait for its last one to end",
     "undrain": "let a drained engine take leases again",
     "explain": "show why a lease was placed where it is",
+    "lab": "fit the engine model to measured engines",
+    "simulate": "policies beside each other in virtual time",
     "worker": "start an engine as a member of a fleet",
 }
 _EXTRAS: Final = {
@@ -41,6 +43,7 @@ _EXTRAS: Final = {
     "conserve_lab": "lab",
     "conserve_langgraph": "langgraph",
     "conserve_openai_agents": "openai-agents",
+    "conserve_pydantic_ai": "pydantic-ai",
     "conserve_vllm": "vllm",
 }
 

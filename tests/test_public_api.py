@@ -164,6 +164,8 @@ PUBLIC: dict[str, list[str]] = {
         "EngineRequest",
         "FetchStart",
         "Hold",
+        "HostTier",
+        "Leap",
         "Progress",
         "PromptSources",
         "SequenceState",

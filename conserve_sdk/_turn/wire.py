@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,11 @@ _REPLACED = frozenset(
         b"content-length",
         b"transfer-encoding",
         b"accept-encoding",  # the tracker reads the bytes that pass by, so they must come as they are
-        HEADER_SESSION.lower().encode(),
     }
 )
 
 
+@functools.lru_cache(maxsize=1_024)  # parsing a URL costs more than all else here, and there are few
 def engine_url(base: str, path: str, *, query: bytes = b"") -> httpx2.URL:
     """Where `path` is on an engine whose address is `base`, with or without a trailing `/v1`."""
     root = httpx2.URL(base)
@@ -53,19 +54,19 @@ def engine_request(
     The application's headers go along, except those that speak of the connection and all that ConServe uses
     internally; `headers` are set on top.
     """
+    replaced = _REPLACED | {name.lower().encode("ascii") for name in (HEADER_SESSION, *headers)}
     kept = [
         (name, value)
         for name, value in original.headers.raw
-        if name.lower() not in _REPLACED and not name.lower().startswith(_INTERNAL_PREFIX)
+        if (lower := name.lower()) not in replaced and not lower.startswith(_INTERNAL_PREFIX)
     ]
+    kept.append((b"Accept-Encoding", b"identity"))
+    kept += [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
     extensions: dict[str, Any] = {**original.extensions, "timeout": dict(timeout)}
-    request = httpx2.Request(
+    return httpx2.Request(
         original.method,
         engine_url(base, path, query=original.url.query),
         headers=kept,
         content=content,
         extensions=extensions,
     )
-    request.headers["Accept-Encoding"] = "identity"
-    request.headers.update(headers)
-    return request

@@ -18,11 +18,13 @@ from conserve_sdk._reporter import Reporter
 from conserve_sdk._turn import Budget, Flow, LeasePlanner, Opened, TurnFlow, TurnKit, relay_flow
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import LeaseClosed
-from conserve_sdk.identity import resolve_conversation, resolve_lineage
+from conserve_sdk.identity import HEADER_SESSION, resolve_conversation, resolve_lineage
 from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
 from conserve_sdk.transport._settings import Settings
 
 __all__ = ["Runtime"]
+
+_NAMING = (b"x-conserve-", HEADER_SESSION.lower().encode("ascii"))
 
 
 def monotonic_us() -> int:
@@ -74,7 +76,7 @@ class Runtime:
         budget = Budget(request.extensions.get("timeout"), timeouts=self.settings.timeouts, clock_us=self._clock_us)
         kind = kind_of(request.method, request.url.path)
         if kind is None:
-            conversation = resolve_conversation(request.headers)
+            conversation = resolve_conversation(_naming(request.headers))
             content = without_transfer(content)
             return relay_flow(self.kit, original=request, content=content, conversation=conversation, budget=budget)
         try:
@@ -84,10 +86,11 @@ class Runtime:
         if body.stripped:
             self.kit.warn_once("transfer_params", "took kv_transfer_params out of a request: they are made here only")
         digest = digest_prompt(kind, body.data)
+        headers = _naming(request.headers)
         match = self.kit.book.match(
-            resolve_conversation(request.headers, body.data),
+            resolve_conversation(headers, body.data),
             digest,
-            explicit_lineage=resolve_lineage(request.headers),
+            explicit_lineage=resolve_lineage(headers),
             previous_response_id=_text(body.data.get("previous_response_id")),
         )
         return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget)
@@ -116,6 +119,12 @@ class Runtime:
 
     def _after_fork(self) -> None:
         self.kit.after_fork()
+
+
+def _naming(headers: httpx2.Headers) -> dict[str, str]:
+    """The few headers that may name a conversation: each look into `httpx2.Headers` goes through all of them."""
+    named = [name for name, _ in headers.raw if name.lower().startswith(_NAMING)]
+    return {name: headers[name] for name in (raw.decode("ascii").lower() for raw in named)}
 
 
 def _text(value: object) -> str | None:

@@ -46,9 +46,10 @@ def demo_main(argv: Sequence[str]) -> int:
 
 
 def bench_main(argv: Sequence[str]) -> int:
-    """Run `conserve bench`, or `conserve bench failover`."""
-    if argv[:1] == ["failover"]:
-        return run_command(_failover, argv[1:], name="conserve bench failover")
+    """Run `conserve bench`, `conserve bench failover` or `conserve bench sdk`."""
+    named = {"failover": _failover, "sdk": _bench_sdk}
+    if argv and argv[0] in named:
+        return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
     return run_command(_bench, argv, name="conserve bench")
 
 
@@ -125,7 +126,10 @@ def _bench(
     conversations: Annotated[int, typer.Option(min=1, max=500, help="Conversations of one run.")] = 24,
     time_scale: TimeScale = 1.0,
 ) -> int:
-    """All presets and the per-turn baseline beside each other on the emulated fleet, over several seeds."""
+    """All presets and the per-turn baseline beside each other on the emulated fleet, over several seeds.
+
+    `conserve bench sdk` measures what the SDK itself costs; see its own --help.
+    """
     from conserve_lab.demo.bench import run_bench
 
     return run_bench(
@@ -231,6 +235,23 @@ def _failover(
     from conserve_lab.failover import run_failover
 
     return run_failover(rounds=rounds, lock_ttl_ms=lock_ttl_ms, leases=leases, json_path=json, console=_console())
+
+
+def _bench_sdk(
+    *,
+    json: Annotated[Path, typer.Option("--json", help="Where the figures go.")] = Path("bench-sdk.json"),
+    blocks: Annotated[int, typer.Option(min=1, max=1_000, help="Conversations per client.")] = 20,
+    turns: Annotated[int, typer.Option(min=1, max=1_000, help="Follow-up turns of each conversation.")] = 20,
+    streams: Annotated[int, typer.Option(min=1, max=1_000, help="Streamed answers per client.")] = 20,
+    peer: Annotated[bool, typer.Option(help="Measure vllm-router too; it is installed from PyPI when missing.")] = True,
+    cache: Annotated[Path, typer.Option(help="Where vllm-router is installed.")] = Path(".cache"),
+) -> int:
+    """What the SDK adds to a bare openai client on the same emulated engines, beside what vllm-router adds."""
+    from conserve_lab.bench.sdk import run_sdk_bench
+
+    return run_sdk_bench(
+        blocks=blocks, turns=turns, streams=streams, peer=peer, cache=cache, json_path=json, console=_console()
+    )
 
 
 def _console() -> Console:
