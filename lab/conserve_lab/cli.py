@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +47,7 @@ def demo_main(argv: Sequence[str]) -> int:
 
 def bench_main(argv: Sequence[str]) -> int:
     """Run `conserve bench`, `conserve bench failover` or `conserve bench sdk`."""
-    named = {"failover": _failover, "sdk": _bench_sdk}
+    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk}
     if argv and argv[0] in named:
         return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
     return run_command(_bench, argv, name="conserve bench")
