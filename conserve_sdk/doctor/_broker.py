@@ -79,6 +79,7 @@ class BrokerVisit:
                         group=engine.transfer_group,
                         model=engine.model,
                         from_broker=True,
+                        engine_id=engine.engine_id,
                     )
                 )
 

@@ -32,6 +32,7 @@ def check_engine(facts: EngineFacts) -> Iterator[Finding]:
     if facts.role != "prefiller":
         yield _failure_policy(facts)
     yield _lease(facts)
+    yield _guard(facts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,21 @@ def _role(facts: EngineFacts) -> Finding:
     return ok(facts.name, "role", f"{facts.role}, as its guard says")
 
 
+def _guard(facts: EngineFacts) -> Finding:
+    """Whether somebody keeps strangers from steering its cache, and under which name."""
+    if facts.guard is None:
+        detail = (
+            "no guard: whoever reaches this engine can end it, or make it answer wrong text, with kv_transfer_params"
+        )
+        return note(facts.name, "guard", detail, fix="start it with --middleware conserve_vllm.LeaseGuard")
+    named = facts.told("engine_id")
+    known = facts.target.engine_id
+    if known and named != known:
+        detail = f"its guard takes it for {named!r}, the broker for {known!r}: it refuses every lease"
+        return fail(facts.name, "guard", detail, fix="correct CONSERVE_GUARD_ENGINE_ID, or the id in the broker's file")
+    return ok(facts.name, "guard", "guarded: transfers need a lease")
+
+
 def _prefix_caching(facts: EngineFacts) -> Finding:
     told = facts.page.labels("vllm:cache_config_info").get("enable_prefix_caching")
     if told is None:
@@ -123,7 +139,7 @@ def _prefix_caching(facts: EngineFacts) -> Finding:
 
 
 def _failure_policy(facts: EngineFacts) -> Finding:
-    check, policy = "kv_load_failure_policy", facts.flag("kv_load_failure_policy")
+    check, policy = "kv_load_failure_policy", facts.told("kv_load_failure_policy")
     want = 'set "kv_load_failure_policy":"recompute" in its --kv-transfer-config'
     if policy is None:
         return note(facts.name, check, f"kv_load_failure_policy {NOT_TOLD}", fix=f"make sure to {want}")
@@ -133,11 +149,8 @@ def _failure_policy(facts: EngineFacts) -> Finding:
 
 
 def _lease(facts: EngineFacts) -> Finding:
-    check, told = "kv_lease_duration", facts.flag("kv_lease_duration")
-    try:
-        seconds = float(told) if told is not None else None
-    except (TypeError, ValueError):
-        seconds = None
+    check, told_ms = "kv_lease_duration", facts.told("kv_lease_duration_ms")
+    seconds = told_ms / 1000 if isinstance(told_ms, int) and told_ms > 0 else None
     if seconds is None:
         return note(facts.name, check, f"kv_lease_duration {NOT_TOLD}; vLLM's default is 30 s")
     if seconds < LEASE_S_MIN and facts.role != "decoder":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx2
@@ -27,6 +27,7 @@ class Target:
         group: engines of one group move KV between each other.
         model: what it should serve; empty where nobody said so.
         from_broker: whether the broker named it.
+        engine_id: as the broker names it; empty where none did.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     group: str = ""
     model: str = ""
     from_broker: bool = False
+    engine_id: str = ""
 
 
 class NotAnEngineError(Exception):
@@ -56,7 +58,6 @@ class EngineFacts:
     max_model_len: int
     page: MetricsPage
     guard: Mapping[str, Any] | None = None
-    _flags: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -72,14 +73,13 @@ class EngineFacts:
     @property
     def role(self) -> str:
         """What it is for: as its guard says, else as it was given; empty where nobody said so."""
-        words = {"kv_producer": "prefiller", "kv_consumer": "decoder", "kv_both": "both"}
-        told = str((self.guard or {}).get("role") or "")
-        return words.get(told, told) or self.target.role
+        told = (self.guard or {}).get("role")
+        return told if told in ("prefiller", "decoder", "both") else self.target.role
 
     @property
     def block_size(self) -> int:
         """Tokens per KV block, 0 when not told."""
-        told = self.page.labels("vllm:cache_config_info").get("block_size") or (self.guard or {}).get("block_size")
+        told = self.page.labels("vllm:cache_config_info").get("block_size") or self.told("block_size_tokens")
         text = str(told)
         return int(text) if text.isdigit() else 0
 
@@ -88,9 +88,9 @@ class EngineFacts:
         """Whether a KV connector is loaded: NIXL's series exist from the start."""
         return bool((self.guard or {}).get("connector")) or self.page.has_prefix("vllm:nixl_")
 
-    def flag(self, name: str) -> Any:
-        """A start option that the guard tells, None when it does not."""
-        return self._flags.get(name)
+    def told(self, name: str) -> Any:
+        """What the guard tells under this name (`conserve_vllm`, `GET /conserve/engine`), None when it does not."""
+        return (self.guard or {}).get(name)
 
 
 class EngineHttp:
@@ -117,7 +117,6 @@ class EngineHttp:
         self._get(target, "/health").raise_for_status()
         models, longest = self._models(target)
         guard = self._guard(target)
-        flags = (guard or {}).get("flags")
         return EngineFacts(
             target=target,
             version=self._version(target),
@@ -125,7 +124,6 @@ class EngineHttp:
             max_model_len=longest,
             page=self.page(target),
             guard=guard,
-            _flags=_spelled({**(guard or {}), **(flags if isinstance(flags, dict) else {})}),
         )
 
     def page(self, target: Target) -> MetricsPage:
@@ -167,11 +165,6 @@ class EngineHttp:
     def _guard(self, target: Target) -> dict[str, Any] | None:
         answer = self._get(target, GUARD_PATH)
         return (json_object(answer) or None) if answer.status_code == 200 else None
-
-
-def _spelled(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names with underscores, however the guard spells them."""
-    return {str(name).lstrip("-").replace("-", "_"): value for name, value in flags.items()}
 
 
 def json_object(answer: httpx2.Response) -> dict[str, Any]:

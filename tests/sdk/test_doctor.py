@@ -23,6 +23,7 @@ class Network(httpx2.BaseTransport):
         self.ready = 200
         self.fleet_changes: dict = {}
         self.silent: set[str] = set()
+        self.guards: dict[str, dict] = {}
         self.refuses = False
         self.authorization = ""
 
@@ -30,6 +31,8 @@ class Network(httpx2.BaseTransport):
         host, path = request.url.host, request.url.path
         if host in self.silent:
             raise httpx2.ConnectTimeout("timed out", request=request)
+        if path == "/conserve/engine" and host in self.guards:
+            return httpx2.Response(200, json=self.guards[host])
         if host != "broker.invalid":
             return self.engine(path)
         self.authorization = request.headers.get("authorization", "")
@@ -250,3 +253,15 @@ def test_json(capsys, network: Network) -> None:
         "check": "reachable",
         "fix": "turns go to http://p0.invalid directly, open the way",
     }
+
+
+def test_a_guard_under_another_name_refuses_every_lease(capsys, network: Network) -> None:
+    network.guards = {"d0.invalid": {"engine_id": "d0"}, "d1.invalid": {"engine_id": "d9"}}
+    code, lines = run(capsys, *ASK, transport=network)
+    assert code == 1
+    guards = [line for line in lines if "guard" in line]
+    assert any(line.startswith("ok") and "engine d0" in line for line in guards)
+    assert any(line.startswith("note") and "engine p0" in line and "no guard" in line for line in guards)
+    (line,) = [line for line in fails(lines) if "guard" in line]
+    assert "takes it for 'd9', the broker for 'd1'" in line
+    assert "CONSERVE_GUARD_ENGINE_ID" in line

@@ -21,8 +21,10 @@ Change = Callable[[httpx2.Response], httpx2.Response]
 GUARD = {
     "role": "decoder",
     "connector": "NixlConnector",
-    "block_size": 16,
-    "flags": {"kv-load-failure-policy": "recompute", "kv_lease_duration": 30},
+    "engine_id": "d0",
+    "block_size_tokens": 16,
+    "kv_load_failure_policy": "recompute",
+    "kv_lease_duration_ms": 30_000,
 }
 
 
@@ -214,7 +216,7 @@ def test_the_engines_key_is_sent(urls, examine, network) -> None:
         ),
         ("/metrics", page_with("vllm:nixl_", "vllm:other_"), "connector", '"kv_role":"kv_consumer"'),
         ("/conserve/engine", guard(role="prefiller"), "role", "kv_role"),
-        ("/conserve/engine", guard(flags={"kv_load_failure_policy": "fail"}), "kv_load_failure_policy", "recompute"),
+        ("/conserve/engine", guard(kv_load_failure_policy="fail"), "kv_load_failure_policy", "recompute"),
         ("/v1/chat/completions", lambda _: httpx2.Response(400, text="no chat template"), "cached_tokens", "template"),
         ("/v1/chat/completions", lambda _: httpx2.Response(401), "cached_tokens", "--engine-key"),
         (
@@ -241,16 +243,16 @@ def test_a_guard_tells_what_vllm_does_not(urls, examine, network) -> None:
     network.change(urls["d0"], "/conserve/engine", guard())
     report = examine(f"decoder={urls['d0']}")
     assert report.code == 0
-    for check in ("role", "connector", "kv_load_failure_policy", "kv_lease_duration"):
+    for check in ("role", "connector", "kv_load_failure_policy", "kv_lease_duration", "guard"):
         assert report.verdicts(check) == ["ok"], report.of(check)
     assert report.of("connector")[0]["detail"] == "KV connector: NixlConnector"
 
 
 def test_a_short_lease_matters_on_prefillers(urls, examine, network) -> None:
-    network.change(urls["p0"], "/conserve/engine", guard(role="kv_producer", flags={"kv_lease_duration": 10}))
+    network.change(urls["p0"], "/conserve/engine", guard(role="prefiller", kv_lease_duration_ms=10_000))
     report = examine(urls["p0"], "--no-requests")
     assert (report.code, report.failed["check"]) == (1, "kv_lease_duration")
-    network.change(urls["p0"], "/conserve/engine", guard(flags={"kv_lease_duration": "long"}))
+    network.change(urls["p0"], "/conserve/engine", guard(kv_lease_duration_ms="long"))
     assert examine(urls["p0"], "--no-requests").verdicts("kv_lease_duration") == ["note"]
 
 
