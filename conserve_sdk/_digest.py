@@ -20,6 +20,8 @@ __all__ = ["Head", "PromptDigest", "digest_prompt"]
 
 DIGEST_BYTES = 16
 BLOCK_BYTES = 1024
+SHARED_BYTES_MIN = 256
+"""A shorter preamble is computed in no time wherever the prompt goes."""
 
 # What vLLM's chat templates see besides the messages (entrypoints/openai/*/protocol.py, `build_chat_params`), and the
 # salt that separates prefix caches. `tool_choice` is left out: it changes from turn to turn and rarely the prompt.
@@ -108,6 +110,17 @@ class PromptDigest:
         """
         own = (number for number in range(max(items, 1), len(self.roles) + 1) if _is_models_own(self.roles[number - 1]))
         return self.bytes_beyond(items) - sum(self.sizes[number] - self.sizes[number - 1] for number in own)
+
+    @property
+    def prefix_key(self) -> str | None:
+        """Names what comes before the conversation: tools and system prompt. None where that is nothing to speak of.
+
+        Prompts with equal keys share those tokens, so that an engine that served one has them for the other.
+        """
+        leading = next((place for place, role in enumerate(self.roles) if role not in _LEADING_ROLES), len(self.roles))
+        if not self.roles or self.sizes[leading] < SHARED_BYTES_MIN:
+            return None
+        return self.link(leading).hex()
 
     def link(self, item: int) -> bytes:
         """Return the digest of everything up to and including item number `item` (from 0)."""

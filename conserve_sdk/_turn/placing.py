@@ -179,6 +179,7 @@ class Placing:
             wait_ms=wait_ms,
             hint_engine_id=self._hint(view),
             parent_lease_id=self._parent_lease_id(),
+            prefix_key=self._turn.digest.prefix_key,
             client=self._kit.options.client[:200],
         )
         sent_at_ms = self._kit.now_ms()

@@ -169,3 +169,20 @@ def test_bytes_beyond_counts_what_follows() -> None:
 def test_repr_shows_no_text() -> None:
     assert repr(completion("secret")) == "PromptDigest(kind='completions', items=2, text_bytes=6)"
     assert b"secret" not in completion("secret").head.tail
+
+
+def test_the_prefix_key_names_tools_and_system_prompt_alone() -> None:
+    def key(**body: object) -> str | None:
+        return digest_prompt(Kind.CHAT, {"model": "m", **body}).prefix_key
+
+    system, question = {"role": "system", "content": "s" * 600}, {"role": "user", "content": "q"}
+    shared = key(messages=[system, question])
+    assert shared is not None
+    assert len(shared) <= 256
+    assert key(messages=[system, {"role": "user", "content": "other" * 500}]) == shared
+    assert key(messages=[system]) == shared
+    assert key(messages=[system, question], tools=[{"type": "function"}]) not in (None, shared)
+    assert key(messages=[{**system, "content": "t" * 600}, question]) not in (None, shared)
+    assert key(messages=[{**system, "content": "short"}, question]) is None
+    assert key(messages=[{"role": "user", "content": "q" * 900}]) is None
+    assert digest_prompt(Kind.COMPLETIONS, {"prompt": "p" * 5000}).prefix_key is None

@@ -270,6 +270,15 @@ def test_a_child_names_its_parents_lease_and_hints_at_its_decoder(world) -> None
     assert parent["lineage"] != child["lineage"]
 
 
+def test_conversations_under_one_system_prompt_name_it(world) -> None:
+    world.turn(messages=BOSS)
+    world.turn(messages=WORKER)
+    world.turn(messages=[BOSS[0], user("quite another task " * 100)])
+    boss, worker, other = (asked["prefix_key"] for asked in leases_asked(world))
+    assert boss == other
+    assert worker not in (None, boss)
+
+
 def test_a_fork_names_the_lineage_it_left(world) -> None:
     world.turn(messages=WORKER)
     world.turn(messages=BOSS)

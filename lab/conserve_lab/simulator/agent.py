@@ -12,7 +12,7 @@ from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.keys import ConversationKeys
 from conserve_lab.simulator.policies import Dispatch
 from conserve_lab.workloads import Conversation
-from conserve_sdk.core.events import TurnFinished
+from conserve_sdk.core.events import SupersedeCause, TurnFinished
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId, ModelName, Ms, TenantId, Tokens
 
@@ -88,7 +88,12 @@ class Agent:
             lineage=LineageId("main"),
             model=MODEL,
         )
-        self._fleet.broker.request(key, input_tokens=self._prompt_tokens, then=self._granted)
+        self._fleet.broker.request(
+            key,
+            input_tokens=self._prompt_tokens,
+            prefix_key="shared" if self._conversation.shared_tokens else "",
+            then=self._granted,
+        )
 
     # ---- lease ------------------------------------------------------------------------------------------------
 
@@ -127,13 +132,15 @@ class Agent:
             self._dispatch()
             return
         append = self._conversation.turns[self._turn].append_tokens
-        cause = broker.directive(lease)
-        if not cause and 0 < lease.append_threshold_tokens < append:
-            cause = "append"
-        if not cause:
+        cached = self._prompt_tokens - append
+        if broker.wants_move(lease):
+            cause = SupersedeCause.RE_LEASE
+        elif 0 < lease.append_threshold_tokens < append:
+            cause = SupersedeCause.APPEND
+        else:
             self._dispatch()
             return
-        broker.replace(lease, input_tokens=self._prompt_tokens, cause=cause, then=self._replaced)
+        broker.replace(lease, input_tokens=self._prompt_tokens, cached_tokens=cached, cause=cause, then=self._replaced)
 
     def _replaced(self, lease: Lease) -> None:
         self._take(lease)

@@ -10,6 +10,7 @@ from conserve_lab.simulator.kernel import Kernel, Timer
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
     Decision,
+    Directive,
     EngineConfigured,
     EngineObserved,
     EngineSpec,
@@ -21,6 +22,7 @@ from conserve_sdk.core.events import (
     LeaseRenewed,
     LeaseRequested,
     Refused,
+    SupersedeCause,
     SupersedeRequested,
     TimerFired,
     TurnFinished,
@@ -28,7 +30,7 @@ from conserve_sdk.core.events import (
 )
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import Incarnation, LeaseId, Ms, RequestId, Tokens
+from conserve_sdk.core.units import Incarnation, LeaseId, Ms, PrefixKey, RequestId, Tokens
 
 SCRAPE_US = 1_000_000
 """The service's own interval; policy decisions get worse from 5 s on."""
@@ -54,7 +56,7 @@ class SimulatedBroker:
         self._ids = count(1)
         self._asked: dict[RequestId, Answer] = {}
         self._timer: Timer | None = None
-        self._directives: dict[LeaseId, str] = {}
+        self._directives: dict[LeaseId, Directive] = {}
         self._moved: set[LeaseId] = set()
         self.live = True
         for spec, _ in engines:
@@ -68,7 +70,7 @@ class SimulatedBroker:
 
     # ---- what clients do --------------------------------------------------------------------------------------
 
-    def request(self, key: LeaseKey, *, input_tokens: int, then: Answer) -> None:
+    def request(self, key: LeaseKey, *, input_tokens: int, prefix_key: str, then: Answer) -> None:
         """Ask for a lease; `then` is called with it, at once or when there is room."""
         request_id = RequestId(f"q{next(self._ids)}")
         self._asked[request_id] = then
@@ -81,10 +83,13 @@ class SimulatedBroker:
                 first_turn_input_tokens=Tokens(input_tokens),
                 first_turn_input_bytes=0,
                 deadline_at_ms=Ms(1 << 50),
+                prefix_key=PrefixKey(prefix_key),
             )
         )
 
-    def replace(self, lease: Lease, *, input_tokens: int, cause: str, then: Answer) -> None:
+    def replace(
+        self, lease: Lease, *, input_tokens: int, cached_tokens: int, cause: SupersedeCause, then: Answer
+    ) -> None:
         """Ask for another lease in the place of this one; the answer may be the same one."""
         request_id = RequestId(f"q{next(self._ids)}")
         self._asked[request_id] = then
@@ -97,7 +102,9 @@ class SimulatedBroker:
                 new_lease_id=LeaseId(f"l{next(self._ids)}"),
                 key=lease.key,
                 epoch=lease.epoch,
-                reason=cause,
+                reason=cause.value,
+                cause=cause,
+                cached_tokens=Tokens(cached_tokens),
                 first_turn_input_tokens=Tokens(input_tokens),
                 first_turn_input_bytes=0,
                 deadline_at_ms=self.now_ms,
@@ -123,9 +130,9 @@ class SimulatedBroker:
         """The conversation is over."""
         self._feed(LeaseReleased(now_ms=self.now_ms, lease_id=lease.lease_id))
 
-    def directive(self, lease: Lease) -> str:
-        """What the broker wants of this lease at its next turn; empty: nothing."""
-        return self._directives.get(lease.lease_id, "")
+    def wants_move(self, lease: Lease) -> bool:
+        """Whether the broker wants another lease for this conversation before its next turn."""
+        return self._directives.get(lease.lease_id) is Directive.RE_LEASE
 
     # ---- the shell --------------------------------------------------------------------------------------------
 
@@ -142,8 +149,7 @@ class SimulatedBroker:
                 case Refused():
                     raise AssertionError(f"refused in spite of endless patience: {decision.reason} {decision.detail}")
                 case LeaseAnswered():
-                    wanted = str(getattr(decision, "directive", "") or "")
-                    self._directives[decision.lease_id] = "" if wanted in ("none", "NONE") else wanted
+                    self._directives[decision.lease_id] = decision.directive
                 case LeaseDropped():
                     self._directives.pop(decision.lease.lease_id, None)
 

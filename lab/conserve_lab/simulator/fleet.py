@@ -95,6 +95,7 @@ class Fleet:
                 role=Role.PREFILLER if number < prefillers else Role.DECODER if prefillers else Role.BOTH,
                 model=ModelName("simulated"),
                 transfer_group=TransferGroup("simulated"),
+                host_tier_tokens=Tokens(engine.model.config.host_blocks * BLOCK_SIZE),
                 kv_capacity_tokens=Tokens(engine.kind.kv_tokens * self.policy.kv_budget_ppm // MILLION),
             )
             for number, engine in enumerate(self.engines)
