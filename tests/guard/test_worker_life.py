@@ -156,7 +156,7 @@ def test_it_registers_when_healthy_beats_drains_leaves_and_passes_the_exit_code_
         "transfer_group": "nixl",
         "tier": "fast",
         "max_hold_ms": 30_000,
-        "ttl_ms": 600,
+        "ttl_ms": 1_000,
         "incarnation": "life-7",
         "block_size_tokens": 16,
     }

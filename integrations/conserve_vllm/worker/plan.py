@@ -20,6 +20,8 @@ QUIET_MODULE = "conserve_vllm.quiet_nixl"
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer", "both": "kv_both"}
 VLLM_PORT = 8000
 STOCK_LEASE_MS = 30_000
+TTL_MIN_MS, TTL_MAX_MS = 1_000, 600_000
+"""What the broker takes."""
 ANY_HOST = ("", "0.0.0.0", "::", "[::]")  # noqa: S104 -- recognised, not bound
 
 
@@ -185,6 +187,6 @@ def _entry(options: WorkerOptions, *, url: str, model: str, held_ms: int) -> dic
         "model": model,
         "transfer_group": options.transfer_group,
         "max_hold_ms": held_ms,
-        "ttl_ms": int(options.heartbeat_s * 3000),
+        "ttl_ms": min(max(int(options.heartbeat_s * 3000), TTL_MIN_MS), TTL_MAX_MS),
     }
     return entry | ({"tier": options.tier} if options.tier else {})
