@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import httpx2
 
-from conserve_sdk.protocol import BatchAnswer, FleetInfo, LeaseGrant
+from conserve_sdk.protocol import RENEWALS_MAX, BatchAnswer, FleetInfo, LeaseGrant
 
 BUDGET_S = 40.0
 _CODE = "import sys; from conserve_broker.cli import broker_main; sys.exit(broker_main(sys.argv[1:]))"
@@ -95,7 +95,8 @@ class BrokerProcess:
 
     def metric(self, name: str) -> float:
         page = httpx2.get(f"{self.url}/metrics", timeout=BUDGET_S).text
-        return next(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name} "))
+        values = [float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name} ")]
+        return values[0] if values else -1.0  # a standby exports nothing of the kind
 
     def ask(self, conversation: str, *, tokens: int = 100) -> httpx2.Response:
         body = {"conversation_id": conversation, "lineage": "main", "model": "emulated"}
@@ -107,10 +108,14 @@ class BrokerProcess:
         return LeaseGrant.model_validate_json(response.content)
 
     def renew(self, *grants: LeaseGrant) -> list[str]:
-        body = {"tokens": [grant.token for grant in grants]}
-        response = httpx2.post(f"{self.url}/v1/renewals", json=body, timeout=BUDGET_S)
-        assert response.is_success, response.text
-        return [status.verdict for status in BatchAnswer.model_validate_json(response.content).results]
+        verdicts: list[str] = []
+        for start in range(0, len(grants), RENEWALS_MAX):
+            body = {"tokens": [grant.token for grant in grants[start : start + RENEWALS_MAX]]}
+            response = httpx2.post(f"{self.url}/v1/renewals", json=body, timeout=BUDGET_S)
+            assert response.is_success, response.text
+            results = BatchAnswer.model_validate_json(response.content).results
+            verdicts += [status.verdict for status in results]
+        return verdicts
 
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:
