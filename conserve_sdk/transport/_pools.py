@@ -93,19 +93,25 @@ class AsyncEnginePool(httpx2.AsyncBaseTransport):
                 pool = AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
                 mine.pools[scheme] = pool
         if fresh:
-            mine.farewell = _close_with_loop(mine)
+            mine.farewell = self._close_with_loop(mine)
             await anext(mine.farewell)
         return pool
+
+    async def _close_with_loop(self, mine: _LoopPools) -> AsyncGenerator[None, None]:
+        """Closes the pools when its loop ends: `asyncio.run` closes every async generator that is still open.
+
+        And lets go of them: a generator knows its loop, so the loop would live as long as its entry here.
+        """
+        try:
+            yield
+        finally:
+            loop = asyncio.get_running_loop()
+            with self._lock:
+                if self._loops.get(loop) is mine:
+                    del self._loops[loop]
+            for pool in mine.pools.values():
+                await pool.aclose()
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._loops = WeakKeyDictionary()
-
-
-async def _close_with_loop(pools: _LoopPools) -> AsyncGenerator[None, None]:
-    """Closes the pools when its loop ends: `asyncio.run` closes every async generator that is still open."""
-    try:
-        yield
-    finally:
-        for pool in pools.pools.values():
-            await pool.aclose()
