@@ -234,6 +234,9 @@ class _SyncTurnStream(httpx2.SyncByteStream):
                     self._turn.feed(chunk)
                 yield chunk
             self._exhausted = True
+        except GeneratorExit:  # the reader left, perhaps at the end marker
+            self.close()
+            raise
         except BaseException as error:
             self._end(error)
             raise
@@ -278,6 +281,7 @@ class _AsyncTurnStream(httpx2.AsyncByteStream):
         self._opened = opened
         self._turn = turn
         self._exhausted = False
+        self._closing = False
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -291,16 +295,24 @@ class _AsyncTurnStream(httpx2.AsyncByteStream):
                     self._turn.feed(chunk)
                 yield chunk
             self._exhausted = True
+        except GeneratorExit:  # the reader left, perhaps at the end marker; its loop tells us so in a task of its own
+            await self.aclose()
+            raise
         except BaseException as error:
             await self._end(error)
             raise
         await self._end(None)
 
     async def aclose(self) -> None:
-        """See `_SyncTurnStream.close`."""
-        if self._turn is not None and self._turn.saw_end and not self._exhausted:
-            await self._drain()
-        await self._end(None if self._exhausted else GeneratorExit())
+        """See `_SyncTurnStream.close`. Whoever comes second finds it being done."""
+        if self._closing:
+            return
+        self._closing = True
+        try:
+            if self._turn is not None and self._turn.saw_end and not self._exhausted:
+                await self._drain()
+        finally:
+            await self._end(None if self._exhausted else GeneratorExit())
 
     def __del__(self) -> None:
         # The connection belongs to its event loop; the account of the turn does not.
