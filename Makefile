@@ -56,4 +56,4 @@ $(STAMP): pyproject.toml
 
 .PHONY: vllm-venv
 vllm-venv: $(STAMP)
-	$(BIN)/python -m conserve_lab.vllm.install $(VLLM_VENV)
+	$(BIN)/python -m conserve_lab.vllm $(VLLM_VENV)

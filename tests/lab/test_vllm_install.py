@@ -105,5 +105,5 @@ def test_the_command_line_fails_in_one_line(tmp_path, capsys):
 
 def test_a_missing_environment_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CONSERVE_VLLM_VENV", str(tmp_path / "none"))
-    with pytest.raises(VllmMissingError, match=r"run: python -m conserve_lab\.vllm\.install .*none"):
+    with pytest.raises(VllmMissingError, match=r"run: python -m conserve_lab\.vllm .*none"):
         find_venv()

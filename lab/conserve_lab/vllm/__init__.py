@@ -1,7 +1,7 @@
 """Real vLLM on this machine's CPU: an environment for it, a tiny model, and a fleet that moves KV by NIXL.
 
 What the emulator claims, this proves: the same protocol against the engine itself, judged by its own counters.
-vLLM lives in its own environment (`python -m conserve_lab.vllm.install .venv-vllm`) and is never imported here;
+vLLM lives in its own environment (`python -m conserve_lab.vllm .venv-vllm`) and is never imported here;
 the files under `runtime/` are the only ones that run beside it.
 """
 

@@ -94,7 +94,7 @@ def find_venv(venv: Path | None = None) -> Path:
     """
     place = venv or Path(os.environ.get(VENV_VARIABLE, DEFAULT_VENV))
     if not is_installed(place):
-        raise VllmMissingError(f"no vLLM in {place}; run: python -m conserve_lab.vllm.install {place}")
+        raise VllmMissingError(f"no vLLM in {place}; run: python -m conserve_lab.vllm {place}")
     return place
 
 

@@ -1,4 +1,4 @@
-"""Make the environment in which real vLLM runs on a CPU: `python -m conserve_lab.vllm.install .venv-vllm`.
+"""Make the environment in which real vLLM runs on a CPU: `python -m conserve_lab.vllm .venv-vllm`.
 
 vLLM pins hundreds of megabytes of its own and must not share an environment with an agent, so it gets one of its
 own, made with plain `venv` and pip from the pins in `requirements.txt` beside this file. Run again, the installer
@@ -224,7 +224,7 @@ def _print(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m conserve_lab.vllm.install", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m conserve_lab.vllm", description=__doc__)
     parser.add_argument("venv", type=Path, help="where the environment goes, e.g. .venv-vllm")
     parser.add_argument(
         "--torch-index",
@@ -239,6 +239,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     return 0
 
-
-if __name__ == "__main__":
-    raise SystemExit(main())
