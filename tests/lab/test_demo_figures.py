@@ -114,9 +114,45 @@ def test_a_follow_up_on_a_prefiller_is_seen_in_the_prefillers_own_counter() -> N
     assert found["errors"] == 1
 
 
+def _moved(by: str) -> list[TurnRecord]:
+    """Turn 2 opened a second lease, with its prefill by the named engine."""
+    again = {"lease_id": LeaseId("L2"), "migrated": True, "prefill_engine_id": EngineId(by)}
+    return [_record(1, migrated=True), _record(2, **again), _record(3, lease_id=LeaseId("L2"))]
+
+
+def test_a_conversation_that_moved_by_a_new_lease_is_no_follow_up_on_a_prefiller() -> None:
+    counters = {
+        "p0": EngineCounters(requests=2, prompt_tokens=300),
+        "d0": EngineCounters(requests=1, prompt_tokens=100, transfers=1),
+        "d1": EngineCounters(requests=2, prompt_tokens=500, transfers=1),
+    }
+    found = figures(_seen(records=_moved("p0"), counters=counters, broker_grants=2, broker_migrations=2))
+    assert found["error_details"] == []
+    assert (found["re_leases"], found["follow_up_turns_on_prefiller"]) == (1, 0)
+    assert (found["leases_migrated"], found["migrations_per_migrated_lease"]) == (2, 1.0)
+
+
+def test_a_decoder_may_prefill_for_the_decoder_that_its_conversation_moves_to() -> None:
+    counters = {
+        "p0": EngineCounters(requests=1, prompt_tokens=100),
+        "d0": EngineCounters(requests=2, prompt_tokens=300, transfers=1),
+        "d1": EngineCounters(requests=2, prompt_tokens=500, transfers=1),
+    }
+    found = figures(_seen(records=_moved("d0"), counters=counters, broker_grants=2, broker_migrations=2))
+    assert found["error_details"] == []
+    assert (found["re_leases"], found["follow_up_turns_on_prefiller"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
+        (
+            {
+                "records": [_record(1, migrated=True), _record(2, prefill_engine_id=EngineId("p0")), _record(3)],
+                "counters": dict(_seen().counters) | {"p0": EngineCounters(requests=2)},
+            },
+            "opened by a prefill: 1 of 2",
+        ),
         ({"records": [_record(1, migrated=True), _record(2)]}, "turns: agents saw 3, the SDK 2"),
         ({"records": [_record(1, migrated=True), _record(2), _record(3, prompt_tokens=1)]}, "prompt tokens"),
         ({"records": [_record(1, migrated=True), _record(2), _record(3, error="stream_dropped")]}, "stream_dropped"),

@@ -41,6 +41,7 @@ ROWS: Mapping[str, Callable[[Figures], float | None]] = {
     "TBT p99 ms": lambda found: found["tbt_ms"]["p99"],
     "KV transfers": lambda found: found["migrations"],
     "tokens of KV moved": lambda found: found["moved_tokens"],
+    "moves by a new lease": lambda found: found["re_leases"],
     "follow-ups on a prefiller": lambda found: found["follow_up_turns_on_prefiller"],
     "follow-up cache share %": lambda found: _percent(found["follow_up_cached_token_share"]),
     "run s": lambda found: found["elapsed_s"],

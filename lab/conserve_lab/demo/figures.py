@@ -81,6 +81,7 @@ def figures(seen: Observation) -> dict[str, Any]:
         "leases_migrated": len(migrated),
         "migrations": moved,
         "migrations_per_migrated_lease": round(moved / len(migrated), 4) if migrated else None,
+        "re_leases": re_leases(seen),
         "follow_up_turns": len(follow_ups),
         "follow_up_turns_on_prefiller": follow_ups_on_prefiller(seen),
         "follow_up_cached_token_share": _share(sum(record.cached_tokens for record in follow_ups), prompt_tokens),
@@ -100,10 +101,27 @@ def figures(seen: Observation) -> dict[str, Any]:
 def follow_ups_on_prefiller(seen: Observation) -> int:
     """Count follow-up turns that touched a prefiller, as the prefillers' own request counters show it.
 
-    A prefiller sees one request per prefilled first turn; whatever it finished beyond that came from follow-ups.
+    A prefiller sees one request per lease that was opened by a prefill there; whatever it finished beyond that came
+    from follow-ups.
     """
-    first_turns = sum(1 for record in seen.records if record.first_turn and record.prefill_engine_id)
-    return max(0, seen.prefillers.requests - first_turns)
+    opened = _openings(seen.records)
+    return max(0, seen.prefillers.requests - sum(record.prefill_engine_id in seen.prefiller_ids for record in opened))
+
+
+def re_leases(seen: Observation) -> int:
+    """Count turns that moved their conversation to another decoder, by a lease of its own (placement: appends)."""
+    return sum(not record.first_turn for record in _openings(seen.records))
+
+
+def _openings(records: Iterable[TurnRecord]) -> list[TurnRecord]:
+    """Return the turns that opened their lease with a prefill: a conversation's first, or the one that moved it."""
+    found: list[TurnRecord] = []
+    seen: set[str | None] = set()
+    for record in records:
+        if record.prefill_engine_id and (record.first_turn or (record.migrated and record.lease_id not in seen)):
+            found.append(record)
+        seen.add(record.lease_id)
+    return found
 
 
 def audit(seen: Observation) -> list[str]:
@@ -115,20 +133,21 @@ def audit(seen: Observation) -> list[str]:
         return problems
     records, decoders = seen.records, seen.decoders
     migrated = sum(record.migrated for record in records)
-    prefills = sum(1 for record in records if record.prefill_engine_id)
-    first_prefills = sum(1 for record in records if record.prefill_engine_id and record.first_turn)
+    prefills = [record for record in records if record.prefill_engine_id]
+    moved_by_decoder = [record for record in prefills if record.prefill_engine_id not in seen.prefiller_ids]
+    on_prefillers, on_decoders = len(prefills) - len(moved_by_decoder), len(records) + len(moved_by_decoder)
     problems += _differ("turns: agents saw {}, the SDK {}", sum(run.turns for run in seen.runs), len(records))
-    problems += _differ("turns: the SDK saw {}, the decoders {}", len(records), decoders.requests)
-    problems += _differ("prefills: the SDK sent {}, the prefillers saw {}", prefills, seen.prefillers.requests)
+    problems += _differ("requests: the SDK sent {}, the decoders saw {}", on_decoders, decoders.requests)
+    problems += _differ("prefills: the SDK sent {}, the prefillers saw {}", on_prefillers, seen.prefillers.requests)
     problems += _differ("migrations: the SDK saw {}, the engines {}", migrated, total(seen.counters.values()).transfers)
-    prompt_tokens = sum(record.prompt_tokens for record in records)
+    prompt_tokens = sum(record.prompt_tokens for record in [*records, *moved_by_decoder])
     problems += _differ("prompt tokens: usage says {}, the decoders {}", prompt_tokens, decoders.prompt_tokens)
     problems += _differ("failed transfers: expected {}, the engines saw {}", 0, decoders.failed_transfers)
     if seen.engine == "vllm":
         planned = sum(run.task.turns for run in seen.runs)
         problems += _differ("turns: {} were to be, the agents took {}; a call was no valid call", planned, len(records))
     if seen.variant is Variant.CONSERVE:
-        problems += _differ("prefills of first turns: {} of {} in all", first_prefills, prefills)
+        problems += _differ("leases opened by a prefill: {} of {} prefills", len(_openings(records)), len(prefills))
         problems += _differ("migrations: the SDK saw {}, the broker {}", migrated, seen.broker_migrations)
         problems += _moved_more_than_once(records)
     return problems

@@ -45,6 +45,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("KV transfers (engines' counters)", "migrations", _whole),
     ("migrations per migrated lease", "migrations_per_migrated_lease", _ratio),
     ("tokens of KV moved", "moved_tokens", _whole),
+    ("moves to another decoder, by a new lease", "re_leases", _whole),
     ("follow-up turns", "follow_up_turns", _whole),
     ("follow-up turns that touched a prefiller", "follow_up_turns_on_prefiller", _whole),
     ("follow-up prompt tokens served from cache", "follow_up_cached_token_share", _percent),
