@@ -116,7 +116,7 @@ def test_a_follow_up_on_a_prefiller_is_seen_in_the_prefillers_own_counter() -> N
 
 def _moved(by: str) -> list[TurnRecord]:
     """Turn 2 opened a second lease, with its prefill by the named engine."""
-    again = {"lease_id": LeaseId("L2"), "migrated": True, "prefill_engine_id": EngineId(by)}
+    again: dict[str, Any] = {"lease_id": LeaseId("L2"), "migrated": True, "prefill_engine_id": EngineId(by)}
     return [_record(1, migrated=True), _record(2, **again), _record(3, lease_id=LeaseId("L2"))]
 
 
