@@ -20,6 +20,7 @@ from conserve_sdk.errors import (
     ProtocolError,
 )
 from conserve_sdk.protocol import (
+    LEASE_HEADER,
     BatchAnswer,
     EngineList,
     LeaseGrant,
@@ -111,8 +112,7 @@ def park_call(lease_id: str, token: str) -> BrokerCall:
 
 def release_call(lease_id: str, token: str) -> BrokerCall:
     """`DELETE /v1/leases/{id}`: the token stands in the header, as a DELETE has no body."""
-    headers = {"Authorization": f"Lease {token}"}
-    return BrokerCall(method="DELETE", path=_lease_path(lease_id), headers=headers, lease_id=lease_id)
+    return BrokerCall(method="DELETE", path=_lease_path(lease_id), headers={LEASE_HEADER: token}, lease_id=lease_id)
 
 
 def report_call(batch: ReportBatch) -> BrokerCall:

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from conserve_broker._access_tables import ApiKeyTable
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
 from conserve_broker.dns_discovery import DnsWatcher
 from conserve_broker.front import Front
+from conserve_broker.gate import Gate
 from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
 from conserve_broker.membership import Membership
@@ -48,6 +50,7 @@ class Life:
 
     Attributes:
         front: what requests are answered by; its service comes and goes with the leadership among replicas.
+        gate: who may ask.
 
     Args:
         config: the whole configuration.
@@ -88,11 +91,13 @@ class Life:
         self._replica = None if journal is not None else self._new_replica()
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
+        self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
             create_app(
                 self.front,
                 metrics=self._metrics,
+                gate=self.gate,
                 more_routes=registration_routes(config.registration, self._members),
             ),
             lifespan="off",
@@ -130,6 +135,8 @@ class Life:
 
     async def _main(self, on_started: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
+        if not self.gate.closed:
+            self._log.warning("broker_open", detail="no API key is configured: whoever reaches this broker may use it")
         async with AsyncExitStack() as stack:
             stack.callback(self._listener.close)
             stack.push_async_callback(self._end)
@@ -256,7 +263,17 @@ class Life:
             self._config = config
             self._members().set_file(config.engine_configs())
 
-        return ConfigWatcher(path, self._config, apply=apply, now_ms=self._clock.now_ms, overrides=self._overrides)
+        def apply_keys(config: BrokerConfig, keys: Sequence[ApiKeyTable]) -> None:
+            self.gate.replace(keys, access=config.access)
+
+        return ConfigWatcher(
+            path,
+            self._config,
+            apply=apply,
+            apply_keys=apply_keys,
+            now_ms=self._clock.now_ms,
+            overrides=self._overrides,
+        )
 
     def _members(self) -> Membership:
         assert self._membership is not None, "made at the start of the life"

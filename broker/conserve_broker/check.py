@@ -95,6 +95,7 @@ def check_config(
     try:
         config = load_config(path, overrides=overrides)
         config.token_keys(create=False)
+        config.api_keys()
     except ConfigProblem as problem:
         return Report(path=str(path), config=None, errors=problem.problems, warnings=(), engines=())
     findings = asyncio.run(_probe(config, transport)) if probe else ()

@@ -15,7 +15,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from conserve_broker import _config_rules, signing_keys
+from conserve_broker import _config_rules, api_keys, signing_keys
+from conserve_broker._access_tables import AccessTable, ApiKeyTable
 from conserve_broker._config_errors import ConfigProblem, explain, suggestion
 from conserve_broker._config_tables import (
     AdmissionTable,
@@ -38,6 +39,7 @@ from conserve_sdk.core.units import Ms, Tokens
 from conserve_sdk.tokens import SigningKey
 
 __all__ = [
+    "AccessTable",
     "AdmissionTable",
     "BrokerConfig",
     "ConfigProblem",
@@ -70,6 +72,7 @@ class BrokerConfig(Table):
     scrape: ScrapeTable = ScrapeTable()
     discovery: DiscoveryTable = DiscoveryTable()
     registration: RegistrationTable = RegistrationTable()
+    access: AccessTable = AccessTable()
     engine: tuple[EngineTable, ...] = ()
 
     @model_validator(mode="after")
@@ -127,6 +130,14 @@ class BrokerConfig(Table):
         """
         return signing_keys.resolve(self.token.keys, journal_path=self.journal.path, create=create)
 
+    def api_keys(self) -> tuple[ApiKeyTable, ...]:
+        """The API keys; none: the broker is open. See `api_keys.resolve`.
+
+        Raises:
+            ConfigProblem: the key file cannot be read or is wrong, or two keys have one id.
+        """
+        return api_keys.resolve(self.access)
+
     def advertised_url(self, *, port: int) -> str:
         """Where clients reach this broker on that port as far as its configuration tells; empty when it does not."""
         if self.store.advertise_url:
@@ -167,6 +178,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigProblem([f"{path}: is not valid TOML: {error}"]) from error
     _anchor(data.get("journal"), "path", path.parent)
+    _anchor(data.get("access"), "key_file", path.parent)
     token = data.get("token")
     keys = token.get("keys") if isinstance(token, dict) else None
     for key in keys if isinstance(keys, list) else ():
@@ -225,6 +237,8 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "discovery": DiscoveryTable,
         "discovery.dns": DnsTable,
         "registration": RegistrationTable,
+        "access": AccessTable,
+        "access.keys": ApiKeyTable,
         "engine": EngineTable,
     }
     known = {name: tuple(table.model_fields) for name, table in tables.items()}

@@ -361,7 +361,8 @@ class TestAnswers:
         client = colour.client(httpx2.MockTransport(script), api_key="key")
         colour.run(client.release("L1", "token"))
         colour.run(client.acquire(REQUEST, budget_ms=1_000))
-        assert [sent.headers["Authorization"] for sent in script.requests] == ["Lease token", "Bearer key"]
+        assert [sent.headers["Authorization"] for sent in script.requests] == ["Bearer key", "Bearer key"]
+        assert [sent.headers.get("X-ConServe-Lease") for sent in script.requests] == ["token", None]
 
 
 class TinyBroker:
