@@ -137,7 +137,8 @@ class ConfigWatcher:
         key_file = self._config.access.key_file
         try:
             digest = hashlib.sha256(self._path.read_bytes())
-            digest.update(Path(key_file).read_bytes() if key_file else b"")
+            if key_file:  # its name, too: it may be another file from one look to the next
+                digest.update(key_file.encode() + b"\0" + Path(key_file).read_bytes())
         except OSError:
             return None  # gone: `load_config` or `api_keys` says so
         return digest.digest()
