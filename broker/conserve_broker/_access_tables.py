@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, Field, field_serializer, field_validator
+from pydantic import AwareDatetime, Field, field_serializer, field_validator, model_validator
 
 from conserve_broker._config_tables import Name, Table
 
@@ -64,3 +64,27 @@ class KeyFile(Table):
 
     keys: tuple[ApiKeyTable, ...] = ()
     """`[[keys]]` tables with the keys of `[[access.keys]]`."""
+
+
+class TlsTable(Table):
+    """`[tls]`: HTTPS instead of HTTP. The files are PEM, relative to the configuration file."""
+
+    cert_file: str = ""
+    """The broker's certificate, with those between it and its authority; empty: plain HTTP. Read again when renewed."""
+    key_file: str = ""
+    """Its private key, without a password."""
+    client_ca_file: str = ""
+    """Authorities of client certificates: with it, no client without one gets as far as a request."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file go together; set both")
+        if self.client_ca_file and not self.cert_file:
+            raise ValueError("client_ca_file needs cert_file and key_file; set them")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the broker speaks HTTPS."""
+        return bool(self.cert_file)

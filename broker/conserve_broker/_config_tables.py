@@ -34,6 +34,10 @@ class ListenTable(Table):
     """Address to bind; `0.0.0.0` for all interfaces (only on a network where every client is trusted)."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 7070
     """TCP port; 0 lets the system choose one."""
+    connections_max: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    """Connections at once; those beyond are closed. Every client that waits for admission holds one."""
+    request_timeout_ms: Annotated[int, Field(ge=100, le=600_000)] = 30_000
+    """Time from the first byte of a request to its last, in milliseconds."""
 
 
 class LeaseTable(Table):

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from conserve_broker._access_tables import ApiKeyTable
+from conserve_broker._http_protocol import bounded_protocol
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
 from conserve_broker.dns_discovery import DnsWatcher
@@ -33,6 +35,7 @@ from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
+from conserve_broker.tls import ServerTls
 from conserve_sdk.core.events import EngineObserved, EngineUnreachable
 from conserve_sdk.core.units import EngineId
 from conserve_sdk.tokens import TokenSigner
@@ -91,6 +94,7 @@ class Life:
         self._replica = None if journal is not None else self._new_replica()
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
+        self._tls = ServerTls(config.tls) if config.tls.enabled else None
         self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
@@ -105,6 +109,11 @@ class Life:
             log_config=None,
             access_log=False,
             server_header=False,
+            http=bounded_protocol(
+                request_timeout_s=config.listen.request_timeout_ms / 1000,
+                connections_max=config.listen.connections_max,
+            ),
+            ssl_context_factory=None if self._tls is None else self._tls_context,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACEFUL_S,
         )
@@ -163,6 +172,8 @@ class Life:
             if self._replica is not None:
                 background.append(asyncio.create_task(self._follow_elections(), name="elections"))
                 self._replica.start()
+            if self._tls is not None:
+                background.append(asyncio.create_task(self._tls.run(), name="tls"))
             stack.push_async_callback(_cancelled, background)
             for task in background:
                 task.add_done_callback(self._background_ended)
@@ -280,8 +291,12 @@ class Life:
         return self._membership
 
     def _warnings(self) -> tuple[str, ...]:
-        problem = "" if self._watcher is None else self._watcher.problem
-        return (*filter(None, [problem]), *(() if self._dns is None else self._dns.problems))
+        own = [each.problem for each in (self._watcher, self._tls) if each is not None]
+        return (*filter(None, own), *(() if self._dns is None else self._dns.problems))
+
+    def _tls_context(self, *_: object) -> ssl.SSLContext:
+        assert self._tls is not None, "asked for where there is one"
+        return self._tls.context
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """A broker that no longer sees its engines must not go on as if it did."""

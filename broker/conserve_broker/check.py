@@ -19,6 +19,7 @@ from conserve_broker.journal import JournalError
 from conserve_broker.metrics_page import EngineMetrics
 from conserve_broker.redis_store import RedisStore
 from conserve_broker.settings import BrokerConfig, ConfigProblem, EngineTable, load_config
+from conserve_broker.tls import ServerTls
 
 __all__ = ["EngineFinding", "Report", "check_config"]
 
@@ -96,6 +97,8 @@ def check_config(
         config = load_config(path, overrides=overrides)
         config.token_keys(create=False)
         config.api_keys()
+        if config.tls.enabled:
+            ServerTls(config.tls)
     except ConfigProblem as problem:
         return Report(path=str(path), config=None, errors=problem.problems, warnings=(), engines=())
     findings = asyncio.run(_probe(config, transport)) if probe else ()

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from conserve_broker import _config_rules, api_keys, signing_keys
-from conserve_broker._access_tables import AccessTable, ApiKeyTable
+from conserve_broker._access_tables import AccessTable, ApiKeyTable, TlsTable
 from conserve_broker._config_errors import ConfigProblem, explain, suggestion
 from conserve_broker._config_tables import (
     AdmissionTable,
@@ -52,6 +52,7 @@ __all__ = [
     "RegistrationTable",
     "ScrapeTable",
     "StoreTable",
+    "TlsTable",
     "TokenTable",
     "load_config",
 ]
@@ -73,6 +74,7 @@ class BrokerConfig(Table):
     discovery: DiscoveryTable = DiscoveryTable()
     registration: RegistrationTable = RegistrationTable()
     access: AccessTable = AccessTable()
+    tls: TlsTable = TlsTable()
     engine: tuple[EngineTable, ...] = ()
 
     @model_validator(mode="after")
@@ -145,7 +147,12 @@ class BrokerConfig(Table):
         host = self.listen.host
         if host in {"0.0.0.0", "::"}:  # noqa: S104  # asked about, not bound
             return ""
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self.url_of(host, port)
+
+    def url_of(self, host: str, port: int) -> str:
+        """The URL of a broker with this configuration that listens there."""
+        scheme = "https" if self.tls.enabled else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def printable(self) -> dict[str, Any]:
         """The merged configuration as plain data with secrets hidden."""
@@ -179,6 +186,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigProblem([f"{path}: is not valid TOML: {error}"]) from error
     _anchor(data.get("journal"), "path", path.parent)
     _anchor(data.get("access"), "key_file", path.parent)
+    for name in TlsTable.model_fields:
+        _anchor(data.get("tls"), name, path.parent)
     token = data.get("token")
     keys = token.get("keys") if isinstance(token, dict) else None
     for key in keys if isinstance(keys, list) else ():
@@ -238,6 +247,7 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "discovery.dns": DnsTable,
         "registration": RegistrationTable,
         "access": AccessTable,
+        "tls": TlsTable,
         "access.keys": ApiKeyTable,
         "engine": EngineTable,
     }
