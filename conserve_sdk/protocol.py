@@ -36,11 +36,16 @@ class _Wire(BaseModel):
 
 
 class Binding(_Wire):
-    """One engine as a lease names it."""
+    """One engine as a lease names it.
+
+    Attributes:
+        api_key: the engine's own key, from a broker that hands it to agents; None: the application's goes along.
+    """
 
     engine_id: Identifier
     url: str
     incarnation: str
+    api_key: str | None = Field(default=None, repr=False)
 
 
 class LeaseRequest(_Wire):

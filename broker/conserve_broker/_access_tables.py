@@ -55,6 +55,9 @@ class AccessTable(Table):
     """Requests per second that each key may send on; 0: no limit."""
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """Requests that each key may send at once."""
+    share_engine_credentials: Literal["none", "agent"] = "none"
+    """`agent`: leases bring the API keys of their engines along, for keys of scope `agent`; `none`: agents bring their
+    own."""
     metrics: Literal["open", "admin"] = "open"
     """Who may read `/metrics` where there are keys: everybody, or keys of scope `admin`."""
 

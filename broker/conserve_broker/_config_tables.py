@@ -17,6 +17,9 @@ TokenCount = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Ids that stand in URLs, metrics labels and log lines."""
 
+EnvName = Annotated[str, Field(max_length=256, pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+"""Name of an environment variable, or nothing."""
+
 NIXL_HOLD_MS = 30_000
 """`kv_lease_duration` of vLLM's NIXL connector where its extra config does not say otherwise (vLLM 0.32)."""
 
@@ -253,6 +256,10 @@ class EngineTable(Table):
     """KV that it can keep in host memory and load back (vLLM: OffloadingConnector), in tokens; 0: no host tier."""
     tier: Annotated[str, Field(max_length=64)] = ""
     """Free name of the hardware class, for reports."""
+    api_key_env: EnvName = ""
+    """Environment variable with the engine's own API key (vLLM's `--api-key`); for the broker's own requests."""
+    api_key_file: Annotated[str, Field(max_length=4096)] = ""
+    """File with it instead, relative to the configuration file."""
 
     @field_validator("connector", mode="before")
     @classmethod

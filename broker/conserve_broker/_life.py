@@ -18,7 +18,10 @@ from typing import Any, TypeVar
 import uvicorn
 
 from conserve_broker._access_tables import ApiKeyTable
+from conserve_broker._dial import AddressGuard
+from conserve_broker._engine_http import Door
 from conserve_broker._http_protocol import bounded_protocol
+from conserve_broker._url_guard import UrlGuard
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
 from conserve_broker.dns_discovery import DnsWatcher
@@ -36,7 +39,7 @@ from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
 from conserve_broker.tls import ServerTls
-from conserve_sdk.core.events import EngineObserved, EngineUnreachable
+from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.units import EngineId
 from conserve_sdk.tokens import TokenSigner
 
@@ -95,6 +98,9 @@ class Life:
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
         self._tls = ServerTls(config.tls) if config.tls.enabled else None
+        self._engine_keys = config.engine_keys()
+        self._dns_names: dict[EngineId, str] = {}
+        self._address_guard = AddressGuard(UrlGuard(config.registration.allow).networks)
         self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
@@ -102,6 +108,7 @@ class Life:
                 self.front,
                 metrics=self._metrics,
                 gate=self.gate,
+                engine_key=self._engine_key,
                 more_routes=registration_routes(config.registration, self._members),
             ),
             lifespan="off",
@@ -150,7 +157,7 @@ class Life:
             stack.callback(self._listener.close)
             stack.push_async_callback(self._end)
             scraper = await stack.enter_async_context(
-                Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms)
+                Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms, door_of=self._door_of)
             )
             scraper.configure(self._config.engine_configs())
             self._membership = Membership(
@@ -167,7 +174,7 @@ class Life:
                 await self._begin(self._journal)
             background.append(asyncio.create_task(self._membership.run(), name="membership"))
             if self._config.discovery.dns:
-                self._dns = DnsWatcher(self._config.discovery, found=self._membership.set_dns)
+                self._dns = DnsWatcher(self._config.discovery, found=self._found_by_dns)
                 background.append(asyncio.create_task(self._dns.run(), name="discovery"))
             if self._replica is not None:
                 background.append(asyncio.create_task(self._follow_elections(), name="elections"))
@@ -271,7 +278,7 @@ class Life:
 
     def _new_watcher(self, path: Path) -> ConfigWatcher:
         def apply(config: BrokerConfig, _: Sequence[FleetEvent]) -> None:
-            self._config = config
+            self._config, self._engine_keys = config, config.engine_keys()
             self._members().set_file(config.engine_configs())
 
         def apply_keys(config: BrokerConfig, keys: Sequence[ApiKeyTable]) -> None:
@@ -285,6 +292,23 @@ class Life:
             now_ms=self._clock.now_ms,
             overrides=self._overrides,
         )
+
+    def _found_by_dns(self, name: str, specs: Sequence[EngineSpec]) -> None:
+        self._dns_names |= {spec.engine_id: name for spec in specs}
+        self._members().set_dns(name, specs)
+
+    def _door_of(self, engine_id: EngineId) -> Door:
+        if self._members().announced_itself(engine_id):
+            return Door(self._engine_key(engine_id), self._address_guard)
+        return Door(self._engine_key(engine_id))
+
+    def _engine_key(self, engine_id: EngineId) -> str:
+        keys = self._engine_keys
+        if engine_id in keys.of_file:
+            return keys.of_file[engine_id]
+        if engine_id in self._dns_names:
+            return keys.of_dns.get(self._dns_names[engine_id], "")
+        return keys.of_registered if self._members().announced_itself(engine_id) else ""
 
     def _members(self) -> Membership:
         assert self._membership is not None, "made at the start of the life"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
@@ -23,8 +24,8 @@ from conserve_broker.gate import Gate
 from conserve_broker.metrics import METRICS_MEDIA_TYPE, BrokerMetrics
 from conserve_broker.service import Readiness, Waiter
 from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, lease_token_in, no_route, too_large
-from conserve_sdk.core.units import TenantId
-from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_HEADER, PROBLEM_MEDIA_TYPE, Problem
+from conserve_sdk.core.units import EngineId, TenantId
+from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_HEADER, PROBLEM_MEDIA_TYPE, Binding, LeaseGrant, Problem
 
 __all__ = ["Answering", "create_app"]
 
@@ -60,6 +61,7 @@ def create_app(
     *,
     metrics: BrokerMetrics | None = None,
     gate: Gate | None = None,
+    engine_key: Callable[[EngineId], str] = lambda _: "",
     more_routes: Sequence[Route[Any]] = (),
 ) -> FastAPI:
     """The ASGI application over a service.
@@ -68,6 +70,7 @@ def create_app(
         service: started and stopped by the caller.
         metrics: what `/metrics` shows.
         gate: decides who asks and whether they may; everybody may do everything without it.
+        engine_key: an engine's own API key, for callers who get it; "" for none.
         more_routes: served beside those of the desk.
     """
     app = FastAPI(
@@ -80,7 +83,7 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
     gate = gate or Gate()
-    serve = _Server(service, gate)
+    serve = _Server(service, gate, engine_key)
     for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
     _add_probes(app, service, metrics, gate)
@@ -91,9 +94,10 @@ def create_app(
 class _Server:
     """Carries one request from Starlette to the service and back."""
 
-    def __init__(self, service: Answering, gate: Gate) -> None:
+    def __init__(self, service: Answering, gate: Gate, engine_key: Callable[[EngineId], str]) -> None:
         self._service = service
         self._gate = gate
+        self._engine_key = engine_key
 
     async def __call__(self, route: Route[Any], request: Request) -> Response:
         try:
@@ -111,19 +115,29 @@ class _Server:
             lease_token=lease_token_in(request.headers),
             raw=raw,
         )
-        if isinstance(answer, Waiter):
-            return await _wait(answer, request)
-        return _response(answer)
+        reply = await _waited(answer, request) if isinstance(answer, Waiter) else answer
+        if reply is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if isinstance(reply.body, LeaseGrant) and self._gate.shares_engine_keys(caller):
+            reply = replace(reply, body=self._with_keys(reply.body))
+        return _response(reply)
+
+    def _with_keys(self, grant: LeaseGrant) -> LeaseGrant:
+        """Only here, on its way out, does a lease hold the keys of its engines."""
+
+        def with_key(engine: Binding) -> Binding:
+            return engine.model_copy(update={"api_key": self._engine_key(EngineId(engine.engine_id)) or None})
+
+        prefiller = None if grant.prefiller is None else with_key(grant.prefiller)
+        return grant.model_copy(update={"decoder": with_key(grant.decoder), "prefiller": prefiller})
 
 
-async def _wait(waiter: Waiter, request: Request) -> Response:
-    """Wait for admission and for the client's patience, whichever ends first."""
+async def _waited(waiter: Waiter, request: Request) -> Reply | None:
+    """Wait for admission and for the client's patience, whichever ends first; None: the client left."""
     reply, gone = asyncio.ensure_future(waiter.reply()), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({reply, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if reply.done():
-            return _response(reply.result())
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return reply.result() if reply.done() else None
     finally:
         if not reply.done():
             waiter.cancel()

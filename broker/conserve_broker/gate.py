@@ -97,6 +97,10 @@ class Gate:
         """Whether `/metrics` wants a key of scope `admin`."""
         return self.closed and self._access.metrics == "admin"
 
+    def shares_engine_keys(self, caller: Caller) -> bool:
+        """Whether leases bring the engines' own API keys along for this caller."""
+        return self.closed and self._access.share_engine_credentials == "agent" and caller.may("agent")
+
     def replace(self, keys: Sequence[ApiKeyTable], *, access: AccessTable) -> None:
         """Go on with these keys. A gate that was closed stays closed, even without any."""
         self.closed = self.closed or bool(keys)

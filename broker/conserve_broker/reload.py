@@ -98,6 +98,7 @@ class ConfigWatcher:
         try:
             new = load_config(self._path, overrides=self._overrides)
             keys = new.api_keys()
+            new.engine_keys()
         except ConfigProblem as problem:
             self._report("; ".join(problem.problems))
             return False

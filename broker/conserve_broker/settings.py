@@ -15,7 +15,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from conserve_broker import _config_rules, api_keys, signing_keys
+from conserve_broker import _config_rules, api_keys, engine_keys, signing_keys
 from conserve_broker._access_tables import AccessTable, ApiKeyTable, TlsTable
 from conserve_broker._config_errors import ConfigProblem, explain, suggestion
 from conserve_broker._config_tables import (
@@ -33,6 +33,7 @@ from conserve_broker._config_tables import (
     to_ppm,
 )
 from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
+from conserve_broker.engine_keys import EngineKeys
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms, Tokens
@@ -140,6 +141,14 @@ class BrokerConfig(Table):
         """
         return api_keys.resolve(self.access)
 
+    def engine_keys(self) -> EngineKeys:
+        """The engines' own API keys.
+
+        Raises:
+            ConfigProblem: one cannot be read, or is none.
+        """
+        return engine_keys.resolve(self.engine, self.discovery.dns, self.registration)
+
     def advertised_url(self, *, port: int) -> str:
         """Where clients reach this broker on that port as far as its configuration tells; empty when it does not."""
         if self.store.advertise_url:
@@ -188,6 +197,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
     _anchor(data.get("access"), "key_file", path.parent)
     for name in TlsTable.model_fields:
         _anchor(data.get("tls"), name, path.parent)
+    discovery = data.get("discovery")
+    names = discovery.get("dns") if isinstance(discovery, dict) else None
+    _anchor(data.get("registration"), "api_key_file", path.parent)
+    for tables in (data.get("engine"), names):
+        for table in tables if isinstance(tables, list) else ():
+            _anchor(table, "api_key_file", path.parent)
     token = data.get("token")
     keys = token.get("keys") if isinstance(token, dict) else None
     for key in keys if isinstance(keys, list) else ():

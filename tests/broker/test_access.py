@@ -1,7 +1,7 @@
 """API keys: who may ask what, whose leases they see, what the answers say, and how fast they may ask."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -39,7 +39,14 @@ class Clock:
 class House:
     """A broker with keys, and clients of it."""
 
-    def __init__(self, service: BrokerService, clock: Clock, *keys: NewKey, **access: Any) -> None:
+    def __init__(
+        self,
+        service: BrokerService,
+        clock: Clock,
+        *keys: NewKey,
+        engine_key: Callable[[str], str] = lambda _: "",
+        **access: Any,
+    ) -> None:
         self.metrics = BrokerMetrics()
         self.gate = Gate(
             [key.table for key in keys],
@@ -48,7 +55,7 @@ class House:
             clock_s=lambda: clock.now_s,
             now=lambda: clock.date,
         )
-        self.app = create_app(service, metrics=self.metrics, gate=self.gate)
+        self.app = create_app(service, metrics=self.metrics, gate=self.gate, engine_key=engine_key)
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
         self.http = httpx2.AsyncClient(transport=transport, base_url="http://broker.test")
 
@@ -331,3 +338,43 @@ async def test_what_is_denied_is_logged_once_a_second_and_shows_no_secret(
     assert "'key_unknown': 49" in lines[1]
     assert "stolen-secret" not in json.dumps(lines)
     assert RED.text not in json.dumps(lines)
+
+
+# ---- the engines' own keys --------------------------------------------------------------------------------------
+
+
+def key_of(engine_id: str) -> str:
+    return "" if engine_id == "d1" else f"key-of-{engine_id}"
+
+
+async def test_leases_bring_engine_keys_only_where_the_configuration_says_so(
+    service: BrokerService, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    shut = House(service, clock, RED, engine_key=key_of)
+    closed = await shut.grant(RED)
+    assert closed.prefiller is not None
+    assert (closed.decoder.api_key, closed.prefiller.api_key) == (None, None)
+    opened = House(service, clock, engine_key=key_of, share_engine_credentials="agent")
+    assert (await opened.ask("POST", "/v1/leases", None, BODY)).json()["decoder"]["api_key"] is None
+    shared = House(service, clock, RED, ADMIN, engine_key=key_of, share_engine_credentials="agent")
+    with caplog.at_level("DEBUG"):
+        grants = [await shared.grant(RED, name) for name in ("c", "d", "e")]
+        path = f"/v1/leases/{grants[0].lease_id}"
+        held = await shared.ask("GET", path, RED, lease=grants[0].token)
+        explained = await shared.ask("GET", f"{path}/explain", ADMIN)
+        engines = await shared.ask("GET", "/v1/engines", ADMIN)
+        page = await shared.http.get("/metrics")
+    for grant in (*grants, LeaseGrant.model_validate_json(held.content)):
+        assert grant.prefiller is not None
+        assert grant.prefiller.api_key == "key-of-p0"
+        assert (grant.decoder.api_key or "") == key_of(grant.decoder.engine_id)
+    told = [
+        caplog.text,
+        explained.text,
+        engines.text,
+        page.text,
+        grants[0].token,
+        repr(grants),
+        repr(service.core.leases()),
+    ]
+    assert all("key-of-" not in text for text in told)

@@ -1,6 +1,7 @@
 """The program's key at the broker: where it comes from, where it must not go, and what a refusal looks like."""
 
 import copy
+import json
 import logging
 import pickle
 
@@ -13,9 +14,10 @@ from conserve_sdk._broker_access import AccessFaultError, BrokerAccess
 from conserve_sdk._registry import LeaseRegistry
 from conserve_sdk._reporter import Reporter
 from conserve_sdk.client import connect
+from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.errors import BrokerUnavailable
 from conserve_sdk.protocol import TurnStartedReport
-from conserve_sdk.testing import FakeClock
+from conserve_sdk.testing import FakeClock, InMemoryBroker, ScriptedEngine
 
 from .test_broker_client import REQUEST, Colour, Script, granted, problem
 
@@ -196,3 +198,40 @@ def test_a_proxys_page_is_no_denial_of_ours(colour):
     with pytest.raises(conserve_sdk.ProtocolError) as caught:
         colour.run(client.acquire(REQUEST, budget_ms=1_000))
     assert not isinstance(caught.value, AccessDenied | BrokerUnavailable)
+
+
+# ---- the engines' own keys --------------------------------------------------------------------------------------
+
+
+class SharingBroker(httpx2.BaseTransport):
+    """The in-memory broker, whose leases bring the keys of their engines along."""
+
+    def __init__(self) -> None:
+        self.inner = InMemoryBroker(settings=BrokerSettings(placement=PAPER))
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        answer = self.inner.handle_request(request)
+        if request.url.path == "/v1/leases":
+            body = json.loads(answer.content)
+            for role in ("decoder", "prefiller"):
+                body[role]["api_key"] = f"key-of-{body[role]['engine_id']}"
+            return httpx2.Response(answer.status_code, json=body)
+        return answer
+
+
+def test_keys_that_come_with_a_lease_go_to_its_engines_and_nowhere_else(caplog):
+    engine, turns = ScriptedEngine(then="answer"), conserve_sdk.TurnCollector()
+    broker = SharingBroker()
+    options = {"broker_transport": broker, "engine_transport": engine, "on_turn": [turns, conserve_sdk.LoggingHook()]}
+    with caplog.at_level(logging.DEBUG), ConServe(broker.inner.url, **options) as conserve:
+        client = conserve.openai_client(api_key="the-applications-own", max_retries=0)
+        with conserve_sdk.conversation("c"):
+            client.chat.completions.create(model="test-model", messages=[{"role": "user", "content": "hello " * 400}])
+        client.models.list()
+        grants = repr(conserve._runtime.kit.registry.live_grants(now_ms=conserve._runtime.kit.now_ms()))
+    sent = {(call.engine, call.headers["authorization"]) for call in engine.calls}
+    assert sent == {(name, f"Bearer key-of-{name}") for name in {call.engine for call in engine.calls}}
+    assert len({call.engine for call in engine.calls}) == 2
+    reported = [exchange.request for exchange in broker.inner.exchanges]
+    for text in (caplog.text, repr(turns.records), grants, repr(reported)):
+        assert "key-of-" not in text
