@@ -137,8 +137,8 @@ class _Bounded(HttpToolsProtocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        if self.pipeline or (self._is_answering() and not self._incomplete):
-            self._arm()  # an earlier request waits for its answer, and what comes after it is not read meanwhile
+        if self.pipeline or (self._is_answering() and (self._in_head or not self._incomplete)):
+            self._arm()  # an earlier request waits for its answer: what comes after it must not end that
         elif not self._incomplete:
             self.transport.close()  # a connection without a request
         else:
