@@ -111,6 +111,7 @@ PUBLIC: dict[str, list[str]] = {
         "SupersedeCause",
         "SupersedeRequested",
         "TenantId",
+        "TenantQuota",
         "TimerFired",
         "Tokens",
         "TransferGroup",

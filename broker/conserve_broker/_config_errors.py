@@ -60,7 +60,7 @@ def _spell(location: Sequence[int | str], data: Mapping[str, Any]) -> str:
         except (KeyError, IndexError, TypeError):
             here = {}
         if isinstance(part, int):
-            name = (here.get("id") or here.get("kid")) if isinstance(here, dict) else None
+            name = (here.get("id") or here.get("kid") or here.get("tenant")) if isinstance(here, dict) else None
             spelled += f".{name}" if isinstance(name, str) else f"[{part}]"
         else:
             spelled += f".{part}" if spelled else part

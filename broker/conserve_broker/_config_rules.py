@@ -54,6 +54,7 @@ def errors(config: Tables) -> list[str]:
     """Everything that makes this configuration unusable."""
     rules: tuple[Callable[[Tables], Iterator[str]], ...] = (
         _duplicates,
+        _tenants,
         _connectors,
         _transfer_groups,
         _models,
@@ -92,6 +93,11 @@ def _duplicates(config: Tables) -> Iterator[str]:
     for url in _repeated(engine.url for engine in config.engine):
         ids = ", ".join(engine.id for engine in config.engine if engine.url == url)
         yield f"engine.url: {url} is named by {ids}; one [[engine]] per server (role 'both' where it does both)"
+
+
+def _tenants(config: Tables) -> Iterator[str]:
+    for tenant in _repeated(table.tenant for table in config.admission.tenants):
+        yield f"admission.tenants.{tenant}.tenant: named by more than one table; keep one"
 
 
 def _connectors(config: Tables) -> Iterator[str]:

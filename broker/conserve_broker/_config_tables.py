@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator
 
 from conserve_sdk.core.events import EngineSpec, Role
-from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts
-from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, Tokens, TransferGroup
+from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts, TenantQuota
+from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, TenantId, Tokens, TransferGroup
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 TokenCount = Annotated[int, Field(ge=0, le=1_000_000_000)]
@@ -129,6 +129,17 @@ class PlacementTable(Table):
         return replace(preset, **changes)
 
 
+class TenantTable(Table):
+    """`[[admission.tenants]]`: bounds of one tenant in place of those for all."""
+
+    tenant: Name
+    """Which tenant, as its API keys name it."""
+    leases_max: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    """Its live leases at once; default: `leases_per_tenant_max`."""
+    leased_tokens_max: TokenCount | None = None
+    """Tokens that its live leases may hold together, 0: no bound; default: `leased_tokens_per_tenant_max`."""
+
+
 class AdmissionTable(Table):
     """`[admission]`: bounds on what may wait and live."""
 
@@ -144,6 +155,19 @@ class AdmissionTable(Table):
     """Live leases of one tenant at once."""
     leased_tokens_per_tenant_max: TokenCount = 0
     """Tokens that all live leases of one tenant may hold together; 0: no bound."""
+    tenants: tuple[TenantTable, ...] = ()
+    """Tenants with bounds of their own."""
+
+    def quotas(self) -> dict[TenantId, TenantQuota]:
+        """The bounds of `tenants`, completed by those for all."""
+        leases, tokens = self.leases_per_tenant_max, self.leased_tokens_per_tenant_max
+        return {
+            TenantId(one.tenant): TenantQuota(
+                leases_max=leases if one.leases_max is None else one.leases_max,
+                leased_tokens_max=Tokens(tokens if one.leased_tokens_max is None else one.leased_tokens_max),
+            )
+            for one in self.tenants
+        }
 
 
 class JournalTable(Table):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,7 +18,7 @@ from conserve_broker.metrics import BrokerMetrics
 from conserve_broker.rate_limit import TokenBucket
 from conserve_broker.service import BrokerService
 from conserve_sdk._desk import ROUTES
-from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, Tokens
+from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, TenantId, TenantQuota, Tokens
 from conserve_sdk.protocol import LeaseGrant, Problem
 from conserve_sdk.testing import small_fleet
 from conserve_sdk.tokens import SigningKey, TokenSigner
@@ -77,10 +78,10 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-async def service() -> AsyncIterator[BrokerService]:
+@asynccontextmanager
+async def running(settings: BrokerSettings) -> AsyncIterator[BrokerService]:
     service = BrokerService(
-        BrokerSettings(placement=PAPER),
+        settings,
         engines=small_fleet(),
         signer=TokenSigner([SigningKey(kid="test", secret=b"s" * 32)]),
         journal=MemoryJournal(),
@@ -101,6 +102,12 @@ async def service() -> AsyncIterator[BrokerService]:
                     waiting=0,
                 )
             )
+        yield service
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[BrokerService]:
+    async with running(BrokerSettings(placement=PAPER)) as service:
         yield service
 
 
@@ -338,6 +345,19 @@ async def test_what_is_denied_is_logged_once_a_second_and_shows_no_secret(
     assert "'key_unknown': 49" in lines[1]
     assert "stolen-secret" not in json.dumps(lines)
     assert RED.text not in json.dumps(lines)
+
+
+async def test_a_tenant_at_its_quota_is_told_when_to_come_back_and_holds_up_nobody(clock: Clock) -> None:
+    quota = TenantQuota(leases_max=1, leased_tokens_max=Tokens(5_000))
+    settings = BrokerSettings(placement=PAPER, tenant_quotas={TenantId("red"): quota})
+    async with running(settings) as bounded:
+        house = House(bounded, clock, RED, BLUE)
+        large = await house.ask("POST", "/v1/leases", RED, {**BODY, "first_turn_input_tokens": 6_000})
+        assert (large.status_code, problem(large).code) == (429, "over_quota")
+        assert (await house.ask("POST", "/v1/leases", RED, BODY)).status_code == 201
+        more = await house.ask("POST", "/v1/leases", RED, {**BODY, "conversation_id": "d"})
+        assert (more.status_code, problem(more).code, more.headers["retry-after"]) == (429, "too_many_leases", "1")
+        assert [(await house.grant(BLUE, name)).tenant for name in "cde"] == ["blue"] * 3
 
 
 # ---- the engines' own keys --------------------------------------------------------------------------------------

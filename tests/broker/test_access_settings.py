@@ -12,6 +12,7 @@ from conserve_broker.api_keys import digest_of, new_key
 from conserve_broker.check import check_config
 from conserve_broker.cli import broker_main
 from conserve_broker.settings import BrokerConfig, ConfigProblem, load_config
+from conserve_sdk.core import TenantId
 
 SHA = "0" * 64
 
@@ -90,3 +91,20 @@ def test_keygen_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_keygen_refuses_what_is_no_key(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert broker_main(["keygen", *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_tenants_have_bounds_of_their_own() -> None:
+    tables = {
+        "leases_per_tenant_max": 10,
+        "leased_tokens_per_tenant_max": 1_000,
+        "tenants": [{"tenant": "red", "leases_max": 3}, {"tenant": "blue", "leased_tokens_max": 0}],
+    }
+    settings = BrokerConfig.from_mapping({"admission": tables}).core_settings()
+    bounds = {name: settings.quota_of(TenantId(name)) for name in ("red", "blue", "green")}
+    assert {name: (quota.leases_max, quota.leased_tokens_max) for name, quota in bounds.items()} == {
+        "red": (3, 1_000),
+        "blue": (10, 0),
+        "green": (10, 1_000),
+    }
+    with pytest.raises(ConfigProblem, match=r"admission\.tenants\.red\.tenant: named by more than one table"):
+        BrokerConfig.from_mapping({"admission": {"tenants": [{"tenant": "red"}, {"tenant": "red"}]}})
