@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from conserve_sdk._turn import Timeouts
     from conserve_sdk.client import BASE_URL, ConServe, async_openai_client, connect, openai_client
     from conserve_sdk.errors import (
+        AccessDenied,
         BrokerError,
         BrokerUnavailable,
         ConfigError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         LeaseLost,
         LeaseRefused,
         ProtocolError,
+        RateLimited,
         TurnTimeout,
     )
     from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_LINEAGE, conversation, current_conversation, wire_id
@@ -51,6 +53,7 @@ __all__ = [
     "BASE_URL",
     "HEADER_CONVERSATION",
     "HEADER_LINEAGE",
+    "AccessDenied",
     "AsyncConServeTransport",
     "BrokerError",
     "BrokerUnavailable",
@@ -72,6 +75,7 @@ __all__ = [
     "OpenTelemetryHook",
     "PrometheusHook",
     "ProtocolError",
+    "RateLimited",
     "Timeouts",
     "TurnCollector",
     "TurnHook",
@@ -98,6 +102,7 @@ _HOMES = {  # loaded when first used: the broker and the core must not wait for 
         "openai_client",
     ),
     "conserve_sdk.errors": (
+        "AccessDenied",
         "BrokerError",
         "BrokerUnavailable",
         "ConfigError",
@@ -111,6 +116,7 @@ _HOMES = {  # loaded when first used: the broker and the core must not wait for 
         "LeaseLost",
         "LeaseRefused",
         "ProtocolError",
+        "RateLimited",
         "TurnTimeout",
     ),
     "conserve_sdk.identity": (

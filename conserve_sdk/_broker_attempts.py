@@ -131,7 +131,7 @@ class Attempts:
     def pause_s(self, state: tenacity.RetryCallState) -> float:
         """Return the pause before the next attempt: none before another broker; after a whole round, full jitter."""
         problem = _problem_of(state)
-        if problem.refusal:
+        if problem.refusal or problem.throttled:
             self._silent_since_s = None
             return problem.retry_after_ms / 1000
         if self._silent_since_s is None:
@@ -149,6 +149,8 @@ class Attempts:
         pause_ms = state.upcoming_sleep * 1000
         if _problem_of(state).refusal:
             return self._elapsed_ms() + pause_ms >= self._patience_ms
+        if _problem_of(state).throttled:
+            return self._elapsed_ms() + pause_ms >= self._budget_ms
         silent_s = self._clock() - (self._silent_since_s or self._started_s)
         return silent_s * 1000 + pause_ms >= self._silence_ms or self._elapsed_ms() + pause_ms >= self._budget_ms
 

@@ -11,6 +11,7 @@ import pydantic
 
 from conserve_sdk.core.events import RefusalReason
 from conserve_sdk.errors import (
+    AccessDenied,
     BrokerError,
     BrokerUnavailable,
     ConServeError,
@@ -18,8 +19,10 @@ from conserve_sdk.errors import (
     LeaseLost,
     LeaseRefused,
     ProtocolError,
+    RateLimited,
 )
 from conserve_sdk.protocol import (
+    LEASE_HEADER,
     BatchAnswer,
     EngineList,
     LeaseGrant,
@@ -55,6 +58,7 @@ ANSWER_TIMEOUT_MS = 5_000
 _M = TypeVar("_M", bound=pydantic.BaseModel)
 
 _REFUSALS = frozenset(reason.value for reason in RefusalReason)
+_DENIED = frozenset({"key_missing", "key_unknown", "key_expired", "scope_missing"})
 _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -83,13 +87,17 @@ class TryAgain(Exception):  # noqa: N818 -- a signal between the attempts of one
         error: what to raise when there is no time left.
         retry_after_ms: the broker's wish, 0 without one.
         refusal: the broker itself is well; it refused for now.
+        throttled: the broker itself is well, but we ask too often.
     """
 
-    def __init__(self, error: BrokerError, *, retry_after_ms: int = 0, refusal: bool = False) -> None:
+    def __init__(
+        self, error: BrokerError, *, retry_after_ms: int = 0, refusal: bool = False, throttled: bool = False
+    ) -> None:
         super().__init__(str(error))
         self.error = error
         self.retry_after_ms = retry_after_ms
         self.refusal = refusal
+        self.throttled = throttled
 
 
 def acquire_call(request: LeaseRequest, *, wait_ms: int) -> BrokerCall:
@@ -111,8 +119,7 @@ def park_call(lease_id: str, token: str) -> BrokerCall:
 
 def release_call(lease_id: str, token: str) -> BrokerCall:
     """`DELETE /v1/leases/{id}`: the token stands in the header, as a DELETE has no body."""
-    headers = {"Authorization": f"Lease {token}"}
-    return BrokerCall(method="DELETE", path=_lease_path(lease_id), headers=headers, lease_id=lease_id)
+    return BrokerCall(method="DELETE", path=_lease_path(lease_id), headers={LEASE_HEADER: token}, lease_id=lease_id)
 
 
 def report_call(batch: ReportBatch) -> BrokerCall:
@@ -178,7 +185,7 @@ def check(call: BrokerCall, response: httpx2.Response) -> None:
 
     Raises:
         TryAgain: it said "not now".
-        LeaseExpired, LeaseLost, LeaseRefused, ProtocolError: it said no.
+        LeaseExpired, LeaseLost, LeaseRefused, AccessDenied, ProtocolError: it said no.
     """
     if response.is_success:
         return
@@ -211,27 +218,32 @@ def _failure(
     call: BrokerCall, response: httpx2.Response, problem: Problem, retry_after_ms: int
 ) -> TryAgain | ConServeError:
     detail, lease_id = problem.detail or problem.title, call.lease_id
+    about = {
+        "conversation_id": call.conversation_id,
+        "lease_id": lease_id,
+        "broker_url": _origin(response),
+        "code": problem.code,
+    }
+    if problem.code in _DENIED:
+        how = "set broker_api_key= or CONSERVE_BROKER_API_KEY"
+        return AccessDenied(f"the broker denies access: {detail} ({how})", status=response.status_code, **about)
+    if problem.code == "rate_limited":
+        slow = RateLimited(
+            f"the broker is asked too often: {detail}",
+            retry_after_ms=retry_after_ms,
+            status=response.status_code,
+            **about,
+        )
+        return TryAgain(slow, retry_after_ms=retry_after_ms, throttled=True)
     if problem.code == "lease_unknown":
         return LeaseExpired(f"the lease is not live any more: {detail}", lease_id=lease_id)
     if problem.code in ("lease_superseded", "engine_lost", "bad_token"):
         return LeaseLost(f"the lease is lost: {detail}", lease_id=lease_id)
     if response.status_code in _RETRYABLE:
-        unavailable = BrokerUnavailable(
-            f"the broker cannot answer now: {detail}",
-            conversation_id=call.conversation_id,
-            lease_id=lease_id,
-            broker_url=_origin(response),
-            status=response.status_code,
-            code=problem.code,
-        )
+        unavailable = BrokerUnavailable(f"the broker cannot answer now: {detail}", status=response.status_code, **about)
         return TryAgain(unavailable, retry_after_ms=retry_after_ms)
     return ProtocolError(
-        f"the broker rejected {call.method} {call.path}: {detail}",
-        conversation_id=call.conversation_id,
-        lease_id=lease_id,
-        broker_url=_origin(response),
-        status=response.status_code,
-        code=problem.code,
+        f"the broker rejected {call.method} {call.path}: {detail}", status=response.status_code, **about
     )
 
 

@@ -18,11 +18,11 @@ import httpx2
 import tenacity
 
 from conserve_sdk import _broker_calls as calls
+from conserve_sdk._broker_access import BrokerAccess
 from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
-from conserve_sdk._tls import verify_for
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
     BatchAnswer,
@@ -50,7 +50,7 @@ class SyncBrokerClient:
 
     Args:
         broker_urls: tried in order; the one that answered last is asked first.
-        api_key: sent as `Authorization: Bearer`.
+        access: API key, authorities and certificate.
         transport: replaces the network (tests); never closed from here.
         sleep, clock, jitter: replace time (tests); seconds.
 
@@ -65,14 +65,14 @@ class SyncBrokerClient:
         self,
         broker_urls: Sequence[str],
         *,
-        api_key: str | None = None,
+        access: BrokerAccess | None = None,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._brokers = BrokerUrls(broker_urls)
-        self._headers = _headers(api_key)
+        self._access = access or BrokerAccess()
         self._transport = transport
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
         self._start_afresh()
@@ -147,9 +147,9 @@ class SyncBrokerClient:
         with self._lock:
             if self._client is None:
                 transport = self._transport or httpx2.HTTPTransport(
-                    verify=verify_for(self._brokers.urls), limits=LIMITS
+                    verify=self._access.verify(self._brokers.urls), limits=LIMITS
                 )
-                self._client = httpx2.Client(transport=transport, headers=self._headers)
+                self._client = httpx2.Client(transport=transport, headers=self._access.headers())
             return self._client
 
     def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
@@ -188,14 +188,14 @@ class AsyncBrokerClient:
         self,
         broker_urls: Sequence[str],
         *,
-        api_key: str | None = None,
+        access: BrokerAccess | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._brokers = BrokerUrls(broker_urls)
-        self._headers = _headers(api_key)
+        self._access = access or BrokerAccess()
         self._transport = transport
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
         self._start_afresh()
@@ -260,9 +260,9 @@ class AsyncBrokerClient:
             client = self._clients.get(loop)
             if client is None:
                 transport = self._transport or AsyncHTTPTransport(
-                    verify=verify_for(self._brokers.urls), limits=httpx2.Limits(max_keepalive_connections=0)
+                    verify=self._access.verify(self._brokers.urls), limits=httpx2.Limits(max_keepalive_connections=0)
                 )
-                client = self._clients[loop] = httpx2.AsyncClient(transport=transport, headers=self._headers)
+                client = self._clients[loop] = httpx2.AsyncClient(transport=transport, headers=self._access.headers())
             return client
 
     async def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
@@ -289,10 +289,6 @@ class AsyncBrokerClient:
             return await retrying(attempt)
         except TryAgain as last:
             raise last.error from last.__cause__
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _receive(client: httpx2.Client, request: httpx2.Request, attempts: Attempts) -> httpx2.Response:

@@ -15,7 +15,7 @@ from conserve_sdk._broker_client import SyncBrokerClient
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._registry import LeaseRegistry
 from conserve_sdk.core.units import LeaseId
-from conserve_sdk.errors import BrokerUnavailable, ConServeError, LeaseClosed
+from conserve_sdk.errors import AccessDenied, BrokerUnavailable, ConServeError, LeaseClosed, RateLimited
 from conserve_sdk.protocol import RENEWALS_MAX, REPORTS_MAX, LeaseStatus, RenewalBatch, Report, ReportBatch
 
 __all__ = ["Reporter", "monotonic_ms"]
@@ -231,7 +231,7 @@ class Reporter:
             answer = self._client.report(
                 ReportBatch(reports=tuple(entry.report for entry in batch)), budget_ms=self._call_budget_ms
             )
-        except BrokerUnavailable as exc:
+        except (BrokerUnavailable, AccessDenied, RateLimited) as exc:
             self._put_back(batch, now_ms, exc)
             return False
         except ConServeError as exc:

@@ -256,19 +256,24 @@ def connect(broker_url: str | Sequence[str] | None = None, **options: Unpack[Con
         return shared
 
 
-def openai_client(broker_url: str | Sequence[str] | None = None, **options: Any) -> openai.OpenAI:
+def openai_client(
+    broker_url: str | Sequence[str] | None = None, *, broker_api_key: str | None = None, **options: Any
+) -> openai.OpenAI:
     """An openai client over the shared `ConServe` object of this process.
 
     Args:
         broker_url: one broker or several; default: the environment's `CONSERVE_BROKER_URL`.
-        options: for `openai.OpenAI`.
+        broker_api_key: this program's key at the broker; default: the environment's `CONSERVE_BROKER_API_KEY`.
+        options: for `openai.OpenAI`; `api_key` is the engines' own.
     """
-    return connect(broker_url).openai_client(**options)
+    return connect(broker_url, broker_api_key=broker_api_key).openai_client(**options)
 
 
-def async_openai_client(broker_url: str | Sequence[str] | None = None, **options: Any) -> openai.AsyncOpenAI:
+def async_openai_client(
+    broker_url: str | Sequence[str] | None = None, *, broker_api_key: str | None = None, **options: Any
+) -> openai.AsyncOpenAI:
     """The async twin of `openai_client`."""
-    return connect(broker_url).async_openai_client(**options)
+    return connect(broker_url, broker_api_key=broker_api_key).async_openai_client(**options)
 
 
 def _key(settings: Settings, options: ConServeOptions) -> Hashable:
@@ -276,9 +281,9 @@ def _key(settings: Settings, options: ConServeOptions) -> Hashable:
     shown = [
         (name, value if isinstance(value, str | int | float | None) else id(value))
         for name, value in sorted(options.items())
-        if name not in ("fallback_engines", "timeouts")
+        if name not in ("fallback_engines", "timeouts") and not name.startswith("broker_api")
     ]
-    return (settings.broker_urls, settings.fallback_engines, settings.timeouts, *shown)
+    return (settings.broker_urls, settings.access, settings.fallback_engines, settings.timeouts, *shown)
 
 
 @atexit.register

@@ -7,6 +7,8 @@ openai.OpenAIError
     BrokerError
       BrokerUnavailable    no broker answered in time
       LeaseRefused         the broker cannot admit the conversation; .reason, .retry_after_ms
+      AccessDenied         the broker does not know this program's API key (401), or it may not do this (403)
+      RateLimited          the API key sends too many requests; .retry_after_ms
       ProtocolError        an answer that this version does not understand, or a request the broker rejects
     LeaseError
       LeaseExpired         not live any more: the next turn is a first turn again
@@ -32,6 +34,7 @@ from typing import Any, ClassVar
 import openai
 
 __all__ = [
+    "AccessDenied",
     "BrokerError",
     "BrokerUnavailable",
     "ConServeError",
@@ -45,6 +48,7 @@ __all__ = [
     "LeaseLost",
     "LeaseRefused",
     "ProtocolError",
+    "RateLimited",
     "TurnTimeout",
 ]
 
@@ -158,6 +162,41 @@ class LeaseRefused(BrokerError):
             code=code,
         )
         self.reason = reason
+        self.retry_after_ms = retry_after_ms
+
+
+class AccessDenied(BrokerError):
+    """The broker demands an API key and refuses this program's, or lets it do other things only; see `.code`."""
+
+
+class RateLimited(BrokerError):
+    """The program's API key sends more requests than its limit, for longer than the call could wait.
+
+    Attributes:
+        retry_after_ms: when the broker takes the next one.
+    """
+
+    _fields: ClassVar[tuple[str, ...]] = (*BrokerError._fields, "retry_after_ms")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_ms: int = 0,
+        conversation_id: str | None = None,
+        lease_id: str | None = None,
+        broker_url: str | None = None,
+        status: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(
+            message,
+            conversation_id=conversation_id,
+            lease_id=lease_id,
+            broker_url=broker_url,
+            status=status,
+            code=code,
+        )
         self.retry_after_ms = retry_after_ms
 
 

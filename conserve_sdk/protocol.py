@@ -25,8 +25,10 @@ RENEWALS_MAX = 500
 BODY_BYTES_MAX = 4 * 1024 * 1024
 """Longest request body the broker reads: a full batch of reports with tokens of the longest allowed size fits."""
 
+LEASE_HEADER = "X-ConServe-Lease"
+"""Carries the lease's token on the routes of one lease that have no body (read, release)."""
 LEASE_SCHEME = "Lease"
-"""`Authorization: Lease <token>` on the routes of one lease that have no body (read, release)."""
+"""`Authorization: Lease <token>`: the same, for brokers whose callers need no API key."""
 
 
 class _Wire(BaseModel):
@@ -34,11 +36,16 @@ class _Wire(BaseModel):
 
 
 class Binding(_Wire):
-    """One engine as a lease names it."""
+    """One engine as a lease names it.
+
+    Attributes:
+        api_key: the engine's own key, from a broker that hands it to agents; None: the application's goes along.
+    """
 
     engine_id: Identifier
     url: str
     incarnation: str
+    api_key: str | None = Field(default=None, repr=False)
 
 
 class LeaseRequest(_Wire):

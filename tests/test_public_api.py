@@ -6,6 +6,7 @@ import pytest
 
 PUBLIC: dict[str, list[str]] = {
     "conserve_sdk": [
+        "AccessDenied",
         "AsyncConServeTransport",
         "BASE_URL",
         "BrokerError",
@@ -30,6 +31,7 @@ PUBLIC: dict[str, list[str]] = {
         "OpenTelemetryHook",
         "PrometheusHook",
         "ProtocolError",
+        "RateLimited",
         "Timeouts",
         "TurnCollector",
         "TurnHook",
@@ -109,6 +111,7 @@ PUBLIC: dict[str, list[str]] = {
         "SupersedeCause",
         "SupersedeRequested",
         "TenantId",
+        "TenantQuota",
         "TimerFired",
         "Tokens",
         "TransferGroup",

@@ -60,7 +60,7 @@ def _spell(location: Sequence[int | str], data: Mapping[str, Any]) -> str:
         except (KeyError, IndexError, TypeError):
             here = {}
         if isinstance(part, int):
-            name = (here.get("id") or here.get("kid")) if isinstance(here, dict) else None
+            name = (here.get("id") or here.get("kid") or here.get("tenant")) if isinstance(here, dict) else None
             spelled += f".{name}" if isinstance(name, str) else f"[{part}]"
         else:
             spelled += f".{part}" if spelled else part
@@ -82,8 +82,12 @@ def _remedy(finding: Any, table: str, keys: Mapping[str, Sequence[str]]) -> str:
             message = f"must be at most {context['le']}"
         case _:
             message = f"{finding['msg'][:1].lower()}{finding['msg'][1:]}"
-    # What stands under [token] may be a secret, even under a wrong key or with a wrong type.
-    return message if finding["loc"][0] == "token" else f"{message} (got {finding['input']!r:.80})"
+    return message if _may_be_secret(finding["loc"]) else f"{message} (got {finding['input']!r:.80})"
+
+
+def _may_be_secret(location: Sequence[int | str]) -> bool:
+    """What stands there may be a secret, even under a wrong key or with a wrong type."""
+    return location[0] in {"token", "access", "keys"} or any("api_key" in str(part) for part in location)
 
 
 def _home_of(key: str, table: str, keys: Mapping[str, Sequence[str]]) -> str:

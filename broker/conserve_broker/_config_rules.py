@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from conserve_broker._access_tables import AccessTable, TlsTable
 from conserve_broker._config_tables import (
     AdmissionTable,
     EngineTable,
@@ -42,6 +43,10 @@ class Tables(Protocol):
     @property
     def scrape(self) -> ScrapeTable: ...
     @property
+    def access(self) -> AccessTable: ...
+    @property
+    def tls(self) -> TlsTable: ...
+    @property
     def engine(self) -> tuple[EngineTable, ...]: ...
 
 
@@ -49,6 +54,7 @@ def errors(config: Tables) -> list[str]:
     """Everything that makes this configuration unusable."""
     rules: tuple[Callable[[Tables], Iterator[str]], ...] = (
         _duplicates,
+        _tenants,
         _connectors,
         _transfer_groups,
         _models,
@@ -75,6 +81,7 @@ def warnings(config: Tables) -> list[str]:
             "renew at a third of the TTL, so leases in use may expire after a restart"
         )
     lines += _placement_warnings(config)
+    lines += _access_warnings(config)
     if config.admission.leases_per_tenant_max > config.admission.leases_max:
         lines.append("admission.leases_per_tenant_max: above admission.leases_max, so it never applies")
     return lines
@@ -86,6 +93,11 @@ def _duplicates(config: Tables) -> Iterator[str]:
     for url in _repeated(engine.url for engine in config.engine):
         ids = ", ".join(engine.id for engine in config.engine if engine.url == url)
         yield f"engine.url: {url} is named by {ids}; one [[engine]] per server (role 'both' where it does both)"
+
+
+def _tenants(config: Tables) -> Iterator[str]:
+    for tenant in _repeated(table.tenant for table in config.admission.tenants):
+        yield f"admission.tenants.{tenant}.tenant: named by more than one table; keep one"
 
 
 def _connectors(config: Tables) -> Iterator[str]:
@@ -250,6 +262,19 @@ def _placement_warnings(config: Tables) -> Iterator[str]:
         yield (
             f"engine.host_tier_tokens: preset {config.placement.preset!r} does not use the host tier of "
             f"{', '.join(tiers)}; set placement.idle_aware = true"
+        )
+
+
+def _access_warnings(config: Tables) -> Iterator[str]:
+    access = config.access
+    if access.share_engine_credentials == "none":
+        return
+    if not access.keys and not access.key_file:
+        yield "access.share_engine_credentials: has no effect without API keys; add [[access.keys]]"
+    elif not config.tls.enabled:
+        yield (
+            "access.share_engine_credentials: the engines' keys travel to agents over plain HTTP; set [tls], or put "
+            "something that speaks TLS in front"
         )
 
 

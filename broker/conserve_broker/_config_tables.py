@@ -9,13 +9,16 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator
 
 from conserve_sdk.core.events import EngineSpec, Role
-from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts
-from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, Tokens, TransferGroup
+from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts, TenantQuota
+from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, TenantId, Tokens, TransferGroup
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 TokenCount = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Ids that stand in URLs, metrics labels and log lines."""
+
+EnvName = Annotated[str, Field(max_length=256, pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+"""Name of an environment variable, or nothing."""
 
 NIXL_HOLD_MS = 30_000
 """`kv_lease_duration` of vLLM's NIXL connector where its extra config does not say otherwise (vLLM 0.32)."""
@@ -34,6 +37,10 @@ class ListenTable(Table):
     """Address to bind; `0.0.0.0` for all interfaces (only on a network where every client is trusted)."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 7070
     """TCP port; 0 lets the system choose one."""
+    connections_max: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    """Connections at once; those beyond are closed. Every client that waits for admission holds one."""
+    request_timeout_ms: Annotated[int, Field(ge=100, le=600_000)] = 30_000
+    """Time from the first byte of a request to its last, in milliseconds."""
 
 
 class LeaseTable(Table):
@@ -122,6 +129,17 @@ class PlacementTable(Table):
         return replace(preset, **changes)
 
 
+class TenantTable(Table):
+    """`[[admission.tenants]]`: bounds of one tenant in place of those for all."""
+
+    tenant: Name
+    """Which tenant, as its API keys name it."""
+    leases_max: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    """Its live leases at once; default: `leases_per_tenant_max`."""
+    leased_tokens_max: TokenCount | None = None
+    """Tokens that its live leases may hold together, 0: no bound; default: `leased_tokens_per_tenant_max`."""
+
+
 class AdmissionTable(Table):
     """`[admission]`: bounds on what may wait and live."""
 
@@ -137,6 +155,19 @@ class AdmissionTable(Table):
     """Live leases of one tenant at once."""
     leased_tokens_per_tenant_max: TokenCount = 0
     """Tokens that all live leases of one tenant may hold together; 0: no bound."""
+    tenants: tuple[TenantTable, ...] = ()
+    """Tenants with bounds of their own."""
+
+    def quotas(self) -> dict[TenantId, TenantQuota]:
+        """The bounds of `tenants`, completed by those for all."""
+        leases, tokens = self.leases_per_tenant_max, self.leased_tokens_per_tenant_max
+        return {
+            TenantId(one.tenant): TenantQuota(
+                leases_max=leases if one.leases_max is None else one.leases_max,
+                leased_tokens_max=Tokens(tokens if one.leased_tokens_max is None else one.leased_tokens_max),
+            )
+            for one in self.tenants
+        }
 
 
 class JournalTable(Table):
@@ -249,6 +280,10 @@ class EngineTable(Table):
     """KV that it can keep in host memory and load back (vLLM: OffloadingConnector), in tokens; 0: no host tier."""
     tier: Annotated[str, Field(max_length=64)] = ""
     """Free name of the hardware class, for reports."""
+    api_key_env: EnvName = ""
+    """Environment variable with the engine's own API key (vLLM's `--api-key`); for the broker's own requests."""
+    api_key_file: Annotated[str, Field(max_length=4096)] = ""
+    """File with it instead, relative to the configuration file."""
 
     @field_validator("connector", mode="before")
     @classmethod

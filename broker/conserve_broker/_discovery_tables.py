@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from conserve_broker._config_tables import EngineTable, Name, Table
+from conserve_broker._config_tables import EngineTable, EnvName, Name, Table
 from conserve_broker._url_guard import UrlGuard
 
 _ID_CHARS_MAX = 64
@@ -81,6 +81,10 @@ class RegistrationTable(Table):
     allow: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
     """URLs an engine may register with: networks (`10.0.0.0/8`, for addresses only) or patterns
     (`http://*.workers.internal:8000`); empty: registration is off."""
+    api_key_env: EnvName = ""
+    """Environment variable with the API key of every engine that registers (vLLM's `--api-key`)."""
+    api_key_file: Annotated[str, Field(max_length=4096)] = ""
+    """File with it instead, relative to the configuration file."""
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import httpx2
 
+from conserve_broker._dial import AddressForbiddenError, AddressGuard
 from conserve_broker.metrics_page import EngineMetrics, MetricsPageError, read_page
 
 _BODY_BYTES_MAX = 16 * 1024 * 1024
@@ -22,31 +24,47 @@ class EngineTrouble(Exception):  # noqa: N818  # a state of the engine, not a fa
         super().__init__(" ".join(detail.split())[:_DETAIL_CHARS_MAX])
 
 
-async def check_health(client: httpx2.AsyncClient, url: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How an engine is asked.
+
+    Attributes:
+        key: its own API key; "" for none.
+        guard: looks at where its name leads; None for engines that an operator named.
+    """
+
+    key: str = field(default="", repr=False)
+    guard: AddressGuard | None = None
+
+
+PLAIN = Door()
+
+
+async def check_health(client: httpx2.AsyncClient, url: str, door: Door = PLAIN) -> None:
     """Ask `/health`, behind which vLLM asks its engine core.
 
     Raises:
         EngineTrouble: it cannot be reached or is not healthy.
     """
-    await _get(client, url, "/health")
+    await _get(client, url, "/health", door)
 
 
-async def get_metrics(client: httpx2.AsyncClient, url: str) -> bytes:
+async def get_metrics(client: httpx2.AsyncClient, url: str, door: Door = PLAIN) -> bytes:
     """The `/metrics` page.
 
     Raises:
         EngineTrouble: it cannot be reached or does not answer 200.
     """
-    return await _get(client, url, "/metrics")
+    return await _get(client, url, "/metrics", door)
 
 
-async def get_models(client: httpx2.AsyncClient, url: str) -> Mapping[str, int]:
+async def get_models(client: httpx2.AsyncClient, url: str, door: Door = PLAIN) -> Mapping[str, int]:
     """The models that `/v1/models` lists, each with its longest prompt plus output in tokens (0: not said).
 
     Raises:
         EngineTrouble: it cannot be reached or does not list models.
     """
-    body = await _get(client, url, "/v1/models")
+    body = await _get(client, url, "/v1/models", door)
     try:
         listed = json.loads(body)["data"]
         return {str(model["id"]): int(model.get("max_model_len") or 0) for model in listed}
@@ -64,12 +82,22 @@ def parse(page: bytes) -> EngineMetrics:
         raise EngineTrouble(f"/metrics holds a number that cannot be one: {error}") from error
 
 
-async def _get(client: httpx2.AsyncClient, url: str, path: str) -> bytes:
+async def _get(client: httpx2.AsyncClient, url: str, path: str, door: Door) -> bytes:
+    headers = {"authorization": f"Bearer {door.key}"} if door.key else {}
+    extensions = {}
     try:
-        async with client.stream("GET", f"{url}{path}") as response:
+        if door.guard is not None:
+            place = await door.guard.place(url)
+            url, headers["host"], extensions["sni_hostname"] = place.base, place.host, place.sni
+        # Redirects are not followed: whoever answers must not send the broker, or its key, elsewhere.
+        async with client.stream(
+            "GET", f"{url}{path}", headers=headers, extensions=extensions, follow_redirects=False
+        ) as response:
             if response.status_code != httpx2.codes.OK:
                 raise EngineTrouble(f"{path} answered {response.status_code}")
             return await _bounded(response, path)
+    except AddressForbiddenError as error:
+        raise EngineTrouble(str(error)) from error
     except httpx2.HTTPError as error:
         raise EngineTrouble(f"{path}: {str(error) or type(error).__name__}") from error
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,10 +17,16 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from conserve_broker._access_tables import ApiKeyTable
+from conserve_broker._dial import AddressGuard
+from conserve_broker._engine_http import Door
+from conserve_broker._http_protocol import bounded_protocol
+from conserve_broker._url_guard import UrlGuard
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
 from conserve_broker.dns_discovery import DnsWatcher
 from conserve_broker.front import Front
+from conserve_broker.gate import Gate
 from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
 from conserve_broker.membership import Membership
@@ -31,7 +38,8 @@ from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
-from conserve_sdk.core.events import EngineObserved, EngineUnreachable
+from conserve_broker.tls import ServerTls
+from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.units import EngineId
 from conserve_sdk.tokens import TokenSigner
 
@@ -48,6 +56,7 @@ class Life:
 
     Attributes:
         front: what requests are answered by; its service comes and goes with the leadership among replicas.
+        gate: who may ask.
 
     Args:
         config: the whole configuration.
@@ -88,11 +97,18 @@ class Life:
         self._replica = None if journal is not None else self._new_replica()
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
+        self._tls = ServerTls(config.tls) if config.tls.enabled else None
+        self._engine_keys = config.engine_keys()
+        self._dns_names: dict[EngineId, str] = {}
+        self._address_guard = AddressGuard(UrlGuard(config.registration.allow).networks)
+        self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._uvicorn = uvicorn.Config(
             create_app(
                 self.front,
                 metrics=self._metrics,
+                gate=self.gate,
+                engine_key=self._engine_key,
                 more_routes=registration_routes(config.registration, self._members),
             ),
             lifespan="off",
@@ -100,6 +116,11 @@ class Life:
             log_config=None,
             access_log=False,
             server_header=False,
+            http=bounded_protocol(
+                request_timeout_s=config.listen.request_timeout_ms / 1000,
+                connections_max=config.listen.connections_max,
+            ),
+            ssl_context_factory=None if self._tls is None else self._tls_context,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACEFUL_S,
         )
@@ -130,11 +151,13 @@ class Life:
 
     async def _main(self, on_started: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
+        if not self.gate.closed:
+            self._log.warning("broker_open", detail="no API key is configured: whoever reaches this broker may use it")
         async with AsyncExitStack() as stack:
             stack.callback(self._listener.close)
             stack.push_async_callback(self._end)
             scraper = await stack.enter_async_context(
-                Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms)
+                Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms, door_of=self._door_of)
             )
             scraper.configure(self._config.engine_configs())
             self._membership = Membership(
@@ -151,11 +174,13 @@ class Life:
                 await self._begin(self._journal)
             background.append(asyncio.create_task(self._membership.run(), name="membership"))
             if self._config.discovery.dns:
-                self._dns = DnsWatcher(self._config.discovery, found=self._membership.set_dns)
+                self._dns = DnsWatcher(self._config.discovery, found=self._found_by_dns)
                 background.append(asyncio.create_task(self._dns.run(), name="discovery"))
             if self._replica is not None:
                 background.append(asyncio.create_task(self._follow_elections(), name="elections"))
                 self._replica.start()
+            if self._tls is not None:
+                background.append(asyncio.create_task(self._tls.run(), name="tls"))
             stack.push_async_callback(_cancelled, background)
             for task in background:
                 task.add_done_callback(self._background_ended)
@@ -253,18 +278,49 @@ class Life:
 
     def _new_watcher(self, path: Path) -> ConfigWatcher:
         def apply(config: BrokerConfig, _: Sequence[FleetEvent]) -> None:
-            self._config = config
+            self._config, self._engine_keys = config, config.engine_keys()
             self._members().set_file(config.engine_configs())
 
-        return ConfigWatcher(path, self._config, apply=apply, now_ms=self._clock.now_ms, overrides=self._overrides)
+        def apply_keys(config: BrokerConfig, keys: Sequence[ApiKeyTable]) -> None:
+            self.gate.replace(keys, access=config.access)
+
+        return ConfigWatcher(
+            path,
+            self._config,
+            apply=apply,
+            apply_keys=apply_keys,
+            now_ms=self._clock.now_ms,
+            overrides=self._overrides,
+        )
+
+    def _found_by_dns(self, name: str, specs: Sequence[EngineSpec]) -> None:
+        self._dns_names |= {spec.engine_id: name for spec in specs}
+        self._members().set_dns(name, specs)
+
+    def _door_of(self, engine_id: EngineId) -> Door:
+        if self._members().announced_itself(engine_id):
+            return Door(self._engine_key(engine_id), self._address_guard)
+        return Door(self._engine_key(engine_id))
+
+    def _engine_key(self, engine_id: EngineId) -> str:
+        keys = self._engine_keys
+        if engine_id in keys.of_file:
+            return keys.of_file[engine_id]
+        if engine_id in self._dns_names:
+            return keys.of_dns.get(self._dns_names[engine_id], "")
+        return keys.of_registered if self._members().announced_itself(engine_id) else ""
 
     def _members(self) -> Membership:
         assert self._membership is not None, "made at the start of the life"
         return self._membership
 
     def _warnings(self) -> tuple[str, ...]:
-        problem = "" if self._watcher is None else self._watcher.problem
-        return (*filter(None, [problem]), *(() if self._dns is None else self._dns.problems))
+        own = [each.problem for each in (self._watcher, self._tls) if each is not None]
+        return (*filter(None, own), *(() if self._dns is None else self._dns.problems))
+
+    def _tls_context(self, *_: object) -> ssl.SSLContext:
+        assert self._tls is not None, "asked for where there is one"
+        return self._tls.context
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """A broker that no longer sees its engines must not go on as if it did."""

@@ -34,6 +34,11 @@ class UrlGuard:
             else:
                 raise ValueError(f"allow: {entry!r} is no pattern like 'http://*.workers.internal:8000'")
 
+    @property
+    def networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of the list."""
+        return tuple(self._networks)
+
     def allows(self, url: str) -> bool:
         """Whether an engine may have this (normalised) URL."""
         parts = urlsplit(url)

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from conserve_sdk._broker_access import API_KEY_ENV, AccessFaultError, BrokerAccess
 from conserve_sdk.protocol import (
     AdviceInfo,
     CandidateInfo,
@@ -144,8 +145,13 @@ def _console() -> Console:
 
 def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answer:
     try:
-        with httpx2.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
-            response = client.request(method, broker_url.rstrip("/") + path)
+        access = BrokerAccess.resolve()
+        transport = httpx2.HTTPTransport(verify=access.verify([broker_url]))
+    except AccessFaultError as fault:
+        raise AdminError(str(fault)) from fault
+    try:
+        with httpx2.Client(transport=transport, timeout=_TIMEOUT_S, trust_env=False) as client:
+            response = client.request(method, broker_url.rstrip("/") + path, headers=access.headers())
     except (httpx2.HTTPError, httpx2.InvalidURL) as fault:
         raise AdminError(f"no broker answers at {broker_url} ({fault}): start it, or correct --broker") from fault
     try:
@@ -156,6 +162,8 @@ def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answe
         raise AdminError(
             f"what answers at {broker_url} is no ConServe broker (status {response.status_code}): correct --broker"
         ) from fault
+    if problem.status in (401, 403):
+        raise AdminError(f"{problem.detail} ({problem.code}): set {API_KEY_ENV} to a key that may")
     kind = NoSuchEngineError if problem.code == "engine_unknown" else AdminError
     raise kind(f"{problem.detail} ({problem.code})")
 

@@ -2,7 +2,7 @@
 
 `FastRoute` reads the body's bytes and writes the answer's bytes; pydantic checks both once, in the desk. Measured, that
 removes most of what FastAPI costs above Starlette, and the generated document stays. `Depends` does not run on such
-routes: who asks is decided by `create_app`'s `tenant_of`.
+routes: who asks, and whether they may, is decided by the gate before a body is read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
@@ -19,20 +20,28 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from conserve_broker.gate import Gate
 from conserve_broker.metrics import METRICS_MEDIA_TYPE, BrokerMetrics
 from conserve_broker.service import Readiness, Waiter
-from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, no_route, too_large
-from conserve_sdk.core.units import TenantId
-from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_SCHEME, PROBLEM_MEDIA_TYPE, Problem
+from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, lease_token_in, no_route, too_large
+from conserve_sdk.core.units import EngineId, TenantId
+from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_HEADER, PROBLEM_MEDIA_TYPE, Binding, LeaseGrant, Problem
 
-__all__ = ["Answering", "TenantOf", "create_app"]
+__all__ = ["Answering", "create_app"]
 
 
 class Answering(Protocol):
     """What answers the requests: a `BrokerService`, or the `Front` of a broker."""
 
     async def handle(
-        self, route: Route[Any], *, tenant: TenantId, target: str = "", lease_token: str = "", raw: bytes = b""
+        self,
+        route: Route[Any],
+        *,
+        tenant: TenantId,
+        every_tenant: bool = True,
+        target: str = "",
+        lease_token: str = "",
+        raw: bytes = b"",
     ) -> Reply | Waiter:
         """Serve one request: its answer, durable, or a waiter when it has to queue for admission."""
 
@@ -40,9 +49,9 @@ class Answering(Protocol):
         """Whether new conversations can be served, and why not."""
 
 
-TenantOf = Callable[[Request], TenantId]
-"""Decides for which tenant a request speaks."""
-
+_SECURITY_SCHEMES = {
+    "api_key": {"type": "http", "scheme": "bearer", "description": "An API key; not asked for where none is configured"}
+}
 _CLIENT_CLOSED_REQUEST = 499
 """Nobody reads it; it only tells the access log why there was no answer (nginx's number)."""
 
@@ -51,7 +60,8 @@ def create_app(
     service: Answering,
     *,
     metrics: BrokerMetrics | None = None,
-    tenant_of: TenantOf | None = None,
+    gate: Gate | None = None,
+    engine_key: Callable[[EngineId], str] = lambda _: "",
     more_routes: Sequence[Route[Any]] = (),
 ) -> FastAPI:
     """The ASGI application over a service.
@@ -59,7 +69,8 @@ def create_app(
     Args:
         service: started and stopped by the caller.
         metrics: what `/metrics` shows.
-        tenant_of: the tenant of a request; everybody is ``default`` without it.
+        gate: decides who asks and whether they may; everybody may do everything without it.
+        engine_key: an engine's own API key, for callers who get it; "" for none.
         more_routes: served beside those of the desk.
     """
     app = FastAPI(
@@ -71,10 +82,11 @@ def create_app(
         redirect_slashes=False,
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
-    serve = _Server(service, tenant_of or (lambda _: TenantId("default")))
+    gate = gate or Gate()
+    serve = _Server(service, gate, engine_key)
     for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
-    _add_probes(app, service, metrics)
+    _add_probes(app, service, metrics, gate)
     _say_problem_json(app)
     return app
 
@@ -82,38 +94,50 @@ def create_app(
 class _Server:
     """Carries one request from Starlette to the service and back."""
 
-    def __init__(self, service: Answering, tenant_of: TenantOf) -> None:
+    def __init__(self, service: Answering, gate: Gate, engine_key: Callable[[EngineId], str]) -> None:
         self._service = service
-        self._tenant_of = tenant_of
+        self._gate = gate
+        self._engine_key = engine_key
 
     async def __call__(self, route: Route[Any], request: Request) -> Response:
         try:
+            caller = self._gate.admit(request.headers, *route.scopes)
             raw = await _body(request) if route.body is not None else b""
         except ProblemRaised as problem:
             return _response(problem.reply)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
         answer = await self._service.handle(
             route,
-            tenant=self._tenant_of(request),
+            tenant=caller.tenant,
+            every_tenant=caller.every_tenant,
             target=next(iter(request.path_params.values()), ""),
-            lease_token=token if scheme == LEASE_SCHEME else "",
+            lease_token=lease_token_in(request.headers),
             raw=raw,
         )
-        if isinstance(answer, Waiter):
-            return await _wait(answer, request)
-        return _response(answer)
+        reply = await _waited(answer, request) if isinstance(answer, Waiter) else answer
+        if reply is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if isinstance(reply.body, LeaseGrant) and self._gate.shares_engine_keys(caller):
+            reply = replace(reply, body=self._with_keys(reply.body))
+        return _response(reply)
+
+    def _with_keys(self, grant: LeaseGrant) -> LeaseGrant:
+        """Only here, on its way out, does a lease hold the keys of its engines."""
+
+        def with_key(engine: Binding) -> Binding:
+            return engine.model_copy(update={"api_key": self._engine_key(EngineId(engine.engine_id)) or None})
+
+        prefiller = None if grant.prefiller is None else with_key(grant.prefiller)
+        return grant.model_copy(update={"decoder": with_key(grant.decoder), "prefiller": prefiller})
 
 
-async def _wait(waiter: Waiter, request: Request) -> Response:
-    """Wait for admission and for the client's patience, whichever ends first."""
+async def _waited(waiter: Waiter, request: Request) -> Reply | None:
+    """Wait for admission and for the client's patience, whichever ends first; None: the client left."""
     reply, gone = asyncio.ensure_future(waiter.reply()), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({reply, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if reply.done():
-            return _response(reply.result())
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return reply.result() if reply.done() else None
     finally:
         if not reply.done():
             waiter.cancel()
@@ -169,12 +193,13 @@ def _fast_route(route: Route[Any], serve: Callable[[Route[Any], Request], Awaita
         response_model=route.answer,
         status_code=usual,
         responses=responses,
+        openapi_extra={"x-scopes": [*route.scopes, "admin"]},
     )
 
 
 def _problem_statuses(route: Route[Any]) -> list[int]:
     of_body = {400, 413, 422} if route.body is not None else set()
-    return sorted({*route.problems, *of_body, 503})
+    return sorted({*route.problems, *of_body, 401, 403, 429, 503})
 
 
 def _documented(route: Route[Any]) -> Callable[..., Any]:
@@ -191,8 +216,10 @@ def _documented(route: Route[Any]) -> Callable[..., Any]:
     if route.body is not None:
         parameters.append(inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY, annotation=route.body))
     if route.holder:
-        holder = Annotated[str, Header(description="`Lease <token>`: proves that the caller holds the lease")]
-        parameters.append(inspect.Parameter("authorization", inspect.Parameter.KEYWORD_ONLY, annotation=holder))
+        holder = Annotated[
+            str, Header(alias=LEASE_HEADER, description="The lease's token: proves that the caller holds the lease")
+        ]
+        parameters.append(inspect.Parameter("lease", inspect.Parameter.KEYWORD_ONLY, annotation=holder))
     endpoint.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     endpoint.__doc__ = route.handle.__doc__
     return endpoint
@@ -209,8 +236,11 @@ def _say_problem_json(app: FastAPI) -> None:
                 for operation in path.values():
                     operation["responses"] = dict(map(_as_problem, operation["responses"].items()))
                     operation["responses"].pop("", None)
+                    if "x-scopes" in operation:
+                        operation["security"] = [{"api_key": []}, {}]
             for unused in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(unused, None)
+            document["components"]["securitySchemes"] = _SECURITY_SCHEMES
         assert app.openapi_schema is not None, "generating keeps the document"
         return app.openapi_schema
 
@@ -231,7 +261,7 @@ def _as_problem(item: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 # ---- probes -----------------------------------------------------------------------------------------------------
 
 
-def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None) -> None:
+def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None, gate: Gate) -> None:
     @app.get("/healthz", tags=["probes"], summary="The process answers")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -239,13 +269,24 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None)
     @app.get("/readyz", tags=["probes"], summary="New conversations can be served")
     async def readyz() -> JSONResponse:
         state = service.readiness()
-        body = {"ready": state.ready, "role": state.role, "reasons": state.reasons, "warnings": state.warnings}
+        body = {
+            "ready": state.ready,
+            "role": state.role,
+            "access": "keys" if gate.closed else "open",
+            "reasons": state.reasons,
+            "warnings": state.warnings,
+        }
         return JSONResponse(body, status_code=200 if state.ready else 503)
 
     if metrics is not None:
 
         @app.get("/metrics", tags=["probes"], summary="Prometheus metrics", response_class=Response)
-        async def metrics_page() -> Response:
+        async def metrics_page(request: Request) -> Response:
+            if gate.guards_metrics:
+                try:
+                    gate.admit(request.headers)
+                except ProblemRaised as problem:
+                    return _response(problem.reply)
             return Response(metrics.page(), media_type=METRICS_MEDIA_TYPE)
 
 

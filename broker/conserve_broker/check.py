@@ -14,11 +14,13 @@ from typing import Any
 import httpx2
 
 from conserve_broker import _engine_http
-from conserve_broker._engine_http import EngineTrouble
+from conserve_broker._engine_http import Door, EngineTrouble
 from conserve_broker.journal import JournalError
 from conserve_broker.metrics_page import EngineMetrics
 from conserve_broker.redis_store import RedisStore
 from conserve_broker.settings import BrokerConfig, ConfigProblem, EngineTable, load_config
+from conserve_broker.tls import ServerTls
+from conserve_sdk.core.units import EngineId
 
 __all__ = ["EngineFinding", "Report", "check_config"]
 
@@ -95,6 +97,10 @@ def check_config(
     try:
         config = load_config(path, overrides=overrides)
         config.token_keys(create=False)
+        config.api_keys()
+        config.engine_keys()
+        if config.tls.enabled:
+            ServerTls(config.tls)
     except ConfigProblem as problem:
         return Report(path=str(path), config=None, errors=problem.problems, warnings=(), engines=())
     findings = asyncio.run(_probe(config, transport)) if probe else ()
@@ -123,19 +129,21 @@ class _Answers:
 
 
 async def _probe(config: BrokerConfig, transport: httpx2.AsyncBaseTransport | None) -> tuple[EngineFinding, ...]:
-    timeout_s = config.scrape.timeout_ms / 1000
+    timeout_s, keys = config.scrape.timeout_ms / 1000, config.engine_keys().of_file
     async with httpx2.AsyncClient(timeout=None, trust_env=False, transport=transport) as client:
-        answers = await asyncio.gather(*(_ask(client, engine.url, timeout_s) for engine in config.engine))
+        answers = await asyncio.gather(
+            *(_ask(client, engine.url, timeout_s, Door(keys[EngineId(engine.id)])) for engine in config.engine)
+        )
     sizes = _group_block_sizes(config.engine, answers)
     return tuple(_finding(engine, answer, sizes) for engine, answer in zip(config.engine, answers, strict=True))
 
 
-async def _ask(client: httpx2.AsyncClient, url: str, timeout_s: float) -> _Answers | str:
+async def _ask(client: httpx2.AsyncClient, url: str, timeout_s: float, door: Door) -> _Answers | str:
     try:
         async with asyncio.timeout(timeout_s):
-            await _engine_http.check_health(client, url)
-            page = await _engine_http.get_metrics(client, url)
-            return _Answers(_engine_http.parse(page), await _engine_http.get_models(client, url))
+            await _engine_http.check_health(client, url, door)
+            page = await _engine_http.get_metrics(client, url, door)
+            return _Answers(_engine_http.parse(page), await _engine_http.get_models(client, url, door))
     except EngineTrouble as trouble:
         return str(trouble)
     except TimeoutError:

@@ -5,20 +5,25 @@ Exit codes: 0 fine, 1 something failed (unreachable broker, unknown lease), 2 wr
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
+from pydantic import ValidationError
 
-from conserve_broker import admin
+from conserve_broker import _config_errors, admin
+from conserve_broker.api_keys import new_key
 from conserve_broker.check import check_config
 from conserve_broker.journal import JournalError
 from conserve_broker.logbook import LOGGER_NAME
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import ConfigProblem, load_config
+from conserve_sdk._desk import Scope
 
 __all__ = ["advise_main", "broker_main", "drain_main", "engines_main", "explain_main", "undrain_main"]
 
@@ -133,6 +138,32 @@ def check(
     report = check_config(config, probe=probe)
     typer.echo(report.text())
     raise typer.Exit(report.exit_code)
+
+
+@broker_app.command("keygen")
+def keygen(
+    tenant: Annotated[str, typer.Option(help="Whose key it is; leases belong to the tenant.")],
+    scope: Annotated[
+        list[str], typer.Option(help="agent (leases), worker (be an engine) or admin (everything); may be repeated.")
+    ],
+    key_id: Annotated[str, typer.Option("--id", help="Name of the key in logs; default: one that is made up.")] = "",
+    expires_days: Annotated[int | None, typer.Option(min=1, max=36_500, help="Days until it is refused.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Make an API key: the key itself, shown this once, and the lines for the broker's configuration."""
+    end = None if expires_days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=expires_days)
+    try:
+        # What is no scope is refused by the table's own check.
+        key = new_key(tenant=tenant, scopes=cast("tuple[Scope, ...]", tuple(scope)), key_id=key_id, expires_at=end)
+    except ValidationError as error:
+        _fail(_WRONG_USAGE, *_config_errors.explain(error, {}, {}).problems)
+    if as_json:
+        typer.echo(json.dumps({"key": key.text, **key.table.model_dump(mode="json"), "toml": key.toml()}, indent=2))
+        return
+    typer.echo(
+        f"# The key, for the client (CONSERVE_BROKER_API_KEY). It is shown this once and kept nowhere:\n{key.text}\n"
+    )
+    typer.echo(f"# For broker.toml; a running broker takes it over within a second:\n{key.toml()}")
 
 
 def _log_to_stderr(level: str) -> None:

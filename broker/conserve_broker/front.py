@@ -51,7 +51,14 @@ class Front:
         self._warnings = warnings
 
     async def handle(
-        self, route: Route[Any], *, tenant: TenantId, target: str = "", lease_token: str = "", raw: bytes = b""
+        self,
+        route: Route[Any],
+        *,
+        tenant: TenantId,
+        every_tenant: bool = True,
+        target: str = "",
+        lease_token: str = "",
+        raw: bytes = b"",
     ) -> Reply | Waiter:
         """Serve one request; see `BrokerService.handle`.
 
@@ -61,7 +68,9 @@ class Front:
         service = self.service
         if service is None or not self._leads():
             return self._not_leader()
-        answer = await service.handle(route, tenant=tenant, target=target, lease_token=lease_token, raw=raw)
+        answer = await service.handle(
+            route, tenant=tenant, every_tenant=every_tenant, target=target, lease_token=lease_token, raw=raw
+        )
         if isinstance(answer, Waiter) or self._leads():
             return answer
         return self._not_leader()

@@ -159,6 +159,11 @@ class Membership:
         member = self._members.get(engine_id)
         return member is not None and member.origin == REGISTERED and not member.leaving
 
+    def announced_itself(self, engine_id: EngineId) -> bool:
+        """Whether the engine is here by its own word, also while it leaves."""
+        member = self._members.get(engine_id)
+        return member is not None and member.origin == REGISTERED
+
     # ---- time ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

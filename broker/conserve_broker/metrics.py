@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -50,6 +50,13 @@ class BrokerMetrics(Observer):
             registry=self.registry,
         )
 
+        self._denied = Counter(
+            "conserve_requests_denied",
+            "Requests turned away because of their API key, by the problem's code",
+            labelnames=["code"],
+            registry=self.registry,
+        )
+
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""
         self.forget()
@@ -76,6 +83,10 @@ class BrokerMetrics(Observer):
     def committed(self, seconds: float) -> None:
         """See `Observer.committed`."""
         self._commit.observe(seconds)
+
+    def denied(self, code: str) -> None:
+        """A request was turned away at the gate."""
+        self._denied.labels(code).inc()
 
     def page(self) -> bytes:
         """What `GET /metrics` answers."""

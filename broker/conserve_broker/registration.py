@@ -62,6 +62,7 @@ def registration_routes(settings: RegistrationTable, membership: Callable[[], Me
             answer=EngineInfo,
             statuses=(200, 201),
             problems=(403, 409),
+            scopes=("worker",),
         ),
         Route(
             method="DELETE",
@@ -71,6 +72,7 @@ def registration_routes(settings: RegistrationTable, membership: Callable[[], Me
             handle=deregister,
             statuses=(204,),
             problems=(403,),
+            scopes=("worker",),
         ),
     )
 

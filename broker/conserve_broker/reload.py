@@ -1,7 +1,7 @@
-"""Hot reload: a changed configuration file changes the fleet of a running broker.
+"""Hot reload: a changed configuration file changes the fleet of a running broker, and who may use it.
 
-Engines are taken over at once. Everything else needs a restart, and what does is said. A file that is wrong changes
-nothing: the broker goes on with what it has and says why.
+Engines and API keys are taken over at once. Everything else needs a restart, and what does is said. A file that is
+wrong changes nothing: the broker goes on with what it has and says why.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conserve_broker._access_tables import ApiKeyTable
 from conserve_broker.settings import BrokerConfig, ConfigProblem, load_config
 from conserve_sdk.core.events import EngineConfigured, EngineRemoved, EngineSpec
 from conserve_sdk.core.units import Ms
@@ -42,6 +43,7 @@ class ConfigWatcher:
         config: the configuration in force.
         apply: called with the new configuration and the events that lead to it, removals first.
         now_ms: the broker's clock.
+        apply_keys: called with the new configuration and all its API keys when they or their limits changed.
         overrides: the command line's share, which wins over the file again.
     """
 
@@ -52,12 +54,15 @@ class ConfigWatcher:
         *,
         apply: Callable[[BrokerConfig, Sequence[FleetEvent]], None],
         now_ms: Callable[[], Ms],
+        apply_keys: Callable[[BrokerConfig, Sequence[ApiKeyTable]], None] = lambda *_: None,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = Path(path)
         self._config = config
         self._apply = apply
         self._now_ms = now_ms
+        self._apply_keys = apply_keys
+        self._keys: tuple[ApiKeyTable, ...] | None = None
         self._overrides = overrides
         self._problem = ""
         self._restart_keys: tuple[str, ...] = ()
@@ -92,12 +97,25 @@ class ConfigWatcher:
             return False
         try:
             new = load_config(self._path, overrides=self._overrides)
+            keys = new.api_keys()
+            new.engine_keys()
         except ConfigProblem as problem:
             self._report("; ".join(problem.problems))
             return False
         self._digest = digest
         self._report("")
+        self._take_keys(new, keys)
         return self._take_over(new)
+
+    def _take_keys(self, new: BrokerConfig, keys: tuple[ApiKeyTable, ...]) -> None:
+        first, before = self._keys is None, (self._keys, self._config.access)
+        self._keys = keys
+        self._config = self._config.model_copy(update={"access": new.access})
+        if before == (keys, new.access):
+            return
+        if not first:
+            _log.info("%s: %d API key(s) in force", self._path, len(keys))
+        self._apply_keys(new, keys)
 
     def _take_over(self, new: BrokerConfig) -> bool:
         self._restart_keys = tuple(_differences(self._config, new))
@@ -117,17 +135,21 @@ class ConfigWatcher:
         self._problem = problem
 
     def _digested(self) -> bytes | None:
+        key_file = self._config.access.key_file
         try:
-            return hashlib.sha256(self._path.read_bytes()).digest()
+            digest = hashlib.sha256(self._path.read_bytes())
+            if key_file:  # its name, too: it may be another file from one look to the next
+                digest.update(key_file.encode() + b"\0" + Path(key_file).read_bytes())
         except OSError:
-            return None  # gone: `load_config` says so
+            return None  # gone: `load_config` or `api_keys` says so
+        return digest.digest()
 
 
 def _differences(old: BrokerConfig, new: BrokerConfig) -> list[str]:
     """Keys outside the fleet whose values differ."""
     keys: list[str] = []
     for name in type(old).model_fields:
-        if name == "engine":
+        if name in {"engine", "access"}:
             continue
         before, after = getattr(old, name), getattr(new, name)
         keys += [f"{name}.{key}" for key in type(before).model_fields if getattr(before, key) != getattr(after, key)]

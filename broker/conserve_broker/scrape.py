@@ -16,7 +16,7 @@ import httpx2
 
 from conserve_broker import _engine_http
 from conserve_broker._config_tables import ScrapeTable
-from conserve_broker._engine_http import EngineTrouble
+from conserve_broker._engine_http import PLAIN, Door, EngineTrouble
 from conserve_broker._incarnation import IncarnationWatch
 from conserve_broker.metrics_page import EngineMetrics
 from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
@@ -34,6 +34,7 @@ class Scraper:
         settings: interval and timeouts.
         emit: called in the event loop with each observation; must not block. What it raises ends `run`.
         now_ms: the broker's clock; Unix epoch, never going backwards.
+        door_of: how each engine is asked.
         transport: replaces the network (tests).
     """
 
@@ -43,11 +44,13 @@ class Scraper:
         *,
         emit: Emit,
         now_ms: Callable[[], Ms],
+        door_of: Callable[[EngineId], Door] = lambda _: PLAIN,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._settings = settings
         self._emit = emit
         self._now_ms = now_ms
+        self._door_of = door_of
         # Its own timeout covers a whole poll; environment proxies have no business between broker and engines.
         self._client = httpx2.AsyncClient(timeout=None, trust_env=False, transport=transport)
         self._targets: dict[EngineId, _Target] = {}
@@ -127,16 +130,16 @@ class Scraper:
         return EngineUnreachable(now_ms=self._now_ms(), engine_id=target.spec.engine_id, detail=detail)
 
     async def _observe(self, target: _Target) -> EngineObserved:
-        url = target.spec.url
-        await _engine_http.check_health(self._client, url)
-        page = await _engine_http.get_metrics(self._client, url)
+        url, door = target.spec.url, self._door_of(target.spec.engine_id)
+        await _engine_http.check_health(self._client, url, door)
+        page = await _engine_http.get_metrics(self._client, url, door)
         if len(page) >= _engine_http.PARSE_ELSEWHERE_BYTES:
             metrics = await asyncio.to_thread(_engine_http.parse, page)
         else:
             metrics = _engine_http.parse(page)
         incarnation = target.watch.observe(metrics)
         if target.models_are_due(incarnation, self._now_ms(), self._settings.models_interval_ms):
-            target.models = await _engine_http.get_models(self._client, url)
+            target.models = await _engine_http.get_models(self._client, url, door)
             target.models_at_ms, target.models_of = self._now_ms(), incarnation
         return target.observed(metrics, incarnation, self._now_ms())
 

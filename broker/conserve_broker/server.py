@@ -68,8 +68,7 @@ class BrokerServer:
         """Where clients reach it; known after the first start."""
         if not self._port:
             raise RuntimeError("the broker has no port yet: start it first")
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
+        return self._config.url_of(self._host, self._port)
 
     def start(self) -> Self:
         """Start and return once requests are served.

@@ -226,13 +226,27 @@ class BrokerService:
     # ---- requests -----------------------------------------------------------------------------------------------
 
     async def handle(
-        self, route: Route[Any], *, tenant: TenantId, target: str = "", lease_token: str = "", raw: bytes = b""
+        self,
+        route: Route[Any],
+        *,
+        tenant: TenantId,
+        every_tenant: bool = True,
+        target: str = "",
+        lease_token: str = "",
+        raw: bytes = b"",
     ) -> Reply | Waiter:
         """Serve one request: its answer, durable, or a waiter when it has to queue for admission."""
         if self._stopping:
             return shutting_down()
         started = time.perf_counter()
-        call = Call(now_ms=self.clock.now_ms(), tenant=tenant, target=target, lease_token=lease_token, raw=raw)
+        call = Call(
+            now_ms=self.clock.now_ms(),
+            tenant=tenant,
+            every_tenant=every_tenant,
+            target=target,
+            lease_token=lease_token,
+            raw=raw,
+        )
         outcome = self._desk.handle(route, call)
         self._observer.handled(route.name, time.perf_counter() - started)
         commit = self._carry_out(outcome)

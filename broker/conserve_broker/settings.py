@@ -15,7 +15,8 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from conserve_broker import _config_rules, signing_keys
+from conserve_broker import _config_rules, api_keys, engine_keys, signing_keys
+from conserve_broker._access_tables import AccessTable, ApiKeyTable, TlsTable
 from conserve_broker._config_errors import ConfigProblem, explain, suggestion
 from conserve_broker._config_tables import (
     AdmissionTable,
@@ -27,17 +28,20 @@ from conserve_broker._config_tables import (
     ScrapeTable,
     StoreTable,
     Table,
+    TenantTable,
     TokenKeyTable,
     TokenTable,
     to_ppm,
 )
 from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
+from conserve_broker.engine_keys import EngineKeys
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms, Tokens
 from conserve_sdk.tokens import SigningKey
 
 __all__ = [
+    "AccessTable",
     "AdmissionTable",
     "BrokerConfig",
     "ConfigProblem",
@@ -50,6 +54,7 @@ __all__ = [
     "RegistrationTable",
     "ScrapeTable",
     "StoreTable",
+    "TlsTable",
     "TokenTable",
     "load_config",
 ]
@@ -70,6 +75,8 @@ class BrokerConfig(Table):
     scrape: ScrapeTable = ScrapeTable()
     discovery: DiscoveryTable = DiscoveryTable()
     registration: RegistrationTable = RegistrationTable()
+    access: AccessTable = AccessTable()
+    tls: TlsTable = TlsTable()
     engine: tuple[EngineTable, ...] = ()
 
     @model_validator(mode="after")
@@ -110,6 +117,7 @@ class BrokerConfig(Table):
             leases_max=admission.leases_max,
             leases_per_tenant_max=admission.leases_per_tenant_max,
             leased_tokens_per_tenant_max=Tokens(admission.leased_tokens_per_tenant_max),
+            tenant_quotas=admission.quotas(),
             queue_max=admission.queue_max,
             wait_max_ms=Ms(admission.wait_max_ms),
             retry_after_ms=Ms(admission.retry_after_ms),
@@ -127,6 +135,22 @@ class BrokerConfig(Table):
         """
         return signing_keys.resolve(self.token.keys, journal_path=self.journal.path, create=create)
 
+    def api_keys(self) -> tuple[ApiKeyTable, ...]:
+        """The API keys; none: the broker is open. See `api_keys.resolve`.
+
+        Raises:
+            ConfigProblem: the key file cannot be read or is wrong, or two keys have one id.
+        """
+        return api_keys.resolve(self.access)
+
+    def engine_keys(self) -> EngineKeys:
+        """The engines' own API keys.
+
+        Raises:
+            ConfigProblem: one cannot be read, or is none.
+        """
+        return engine_keys.resolve(self.engine, self.discovery.dns, self.registration)
+
     def advertised_url(self, *, port: int) -> str:
         """Where clients reach this broker on that port as far as its configuration tells; empty when it does not."""
         if self.store.advertise_url:
@@ -134,7 +158,12 @@ class BrokerConfig(Table):
         host = self.listen.host
         if host in {"0.0.0.0", "::"}:  # noqa: S104  # asked about, not bound
             return ""
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self.url_of(host, port)
+
+    def url_of(self, host: str, port: int) -> str:
+        """The URL of a broker with this configuration that listens there."""
+        scheme = "https" if self.tls.enabled else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def printable(self) -> dict[str, Any]:
         """The merged configuration as plain data with secrets hidden."""
@@ -167,6 +196,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigProblem([f"{path}: is not valid TOML: {error}"]) from error
     _anchor(data.get("journal"), "path", path.parent)
+    _anchor(data.get("access"), "key_file", path.parent)
+    for name in TlsTable.model_fields:
+        _anchor(data.get("tls"), name, path.parent)
+    discovery = data.get("discovery")
+    names = discovery.get("dns") if isinstance(discovery, dict) else None
+    _anchor(data.get("registration"), "api_key_file", path.parent)
+    for tables in (data.get("engine"), names):
+        for table in tables if isinstance(tables, list) else ():
+            _anchor(table, "api_key_file", path.parent)
     token = data.get("token")
     keys = token.get("keys") if isinstance(token, dict) else None
     for key in keys if isinstance(keys, list) else ():
@@ -217,6 +255,7 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "lease": LeaseTable,
         "placement": PlacementTable,
         "admission": AdmissionTable,
+        "admission.tenants": TenantTable,
         "journal": JournalTable,
         "store": StoreTable,
         "token": TokenTable,
@@ -225,6 +264,9 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "discovery": DiscoveryTable,
         "discovery.dns": DnsTable,
         "registration": RegistrationTable,
+        "access": AccessTable,
+        "tls": TlsTable,
+        "access.keys": ApiKeyTable,
         "engine": EngineTable,
     }
     known = {name: tuple(table.model_fields) for name, table in tables.items()}

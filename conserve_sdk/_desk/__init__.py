@@ -5,9 +5,9 @@ round it. Every rule of the protocol that is not the core's stands here once: ro
 """
 
 from conserve_sdk._desk.desk import Desk
-from conserve_sdk._desk.outcome import Call, Outcome, Reply
-from conserve_sdk._desk.problems import ProblemRaised, no_route, too_large
-from conserve_sdk._desk.routes import ROUTES, Route, find_route
+from conserve_sdk._desk.outcome import Call, Outcome, Reply, lease_token_in
+from conserve_sdk._desk.problems import ProblemRaised, no_route, problem, too_large
+from conserve_sdk._desk.routes import ROUTES, Route, Scope, find_route
 from conserve_sdk._desk.visit import NewId
 from conserve_sdk._desk.wire import engine_info, fleet_info
 
@@ -20,9 +20,12 @@ __all__ = [
     "ProblemRaised",
     "Reply",
     "Route",
+    "Scope",
     "engine_info",
     "find_route",
     "fleet_info",
+    "lease_token_in",
     "no_route",
+    "problem",
     "too_large",
 ]

@@ -96,9 +96,12 @@ def read_lease(visit: Visit, _: None) -> Reply:
 
 
 def explain_lease(visit: Visit, _: None) -> Reply:
-    """`GET /v1/leases/{id}/explain`, for operators: no token needed, none shown."""
+    """`GET /v1/leases/{id}/explain`, for operators: no token needed, none shown.
+
+    A lease of another tenant is none: its very existence is not told.
+    """
     lease = visit.core.lease(LeaseId(visit.call.target))
-    if lease is None:
+    if lease is None or not (visit.call.every_tenant or lease.key.tenant == visit.call.tenant):
         raise lease_unknown(visit.call.target[:64])
     return Reply(status=200, body=explanation(lease, visit.core, now_ms=visit.now_ms))
 
@@ -136,7 +139,7 @@ def status_of(visit: Visit, claims: LeaseClaims, answer: LeaseAnswered) -> Lease
 
 def _header_token(visit: Visit) -> str:
     if not visit.call.lease_token:
-        raise bad_token("send the lease's token: `Authorization: Lease <token>`")
+        raise bad_token("send the lease's token in the header `X-ConServe-Lease`")
     return visit.call.lease_token
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 
 from conserve_sdk.core.events import Decision, Event, LeaseDropped, LeaseStored
 from conserve_sdk.core.units import Ms, RequestId, TenantId
-from conserve_sdk.protocol import PROBLEM_MEDIA_TYPE, Problem
+from conserve_sdk.protocol import LEASE_HEADER, LEASE_SCHEME, PROBLEM_MEDIA_TYPE, Problem
+
+
+def lease_token_in(headers: Mapping[str, str]) -> str:
+    """The lease's token that a request's headers carry, or ""; the mapping must not care for upper case."""
+    token = headers.get(LEASE_HEADER)
+    if token is not None:
+        return token
+    scheme, _, rest = headers.get("authorization", "").partition(" ")
+    return rest if scheme == LEASE_SCHEME else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +28,15 @@ class Call:
     Attributes:
         now_ms: the broker's clock (Unix epoch).
         tenant: who asks; the shell's authentication decides it.
+        every_tenant: whether the caller may look at leases of other tenants, too.
         target: the lease or engine that the path names, or "".
-        lease_token: what followed `Authorization: Lease `, or "".
+        lease_token: see `lease_token_in`.
         raw: the body's bytes.
     """
 
     now_ms: Ms
     tenant: TenantId = TenantId("default")
+    every_tenant: bool = True
     target: str = ""
     lease_token: str = ""
     raw: bytes = b""
@@ -32,10 +44,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An answer on its way to a client; `body` None stands for an empty one."""
+    """An answer on its way to a client; `body` None stands for an empty one.
+
+    Attributes:
+        challenge: `WWW-Authenticate` where it is not the lease's token that is missing.
+    """
 
     status: int
     body: BaseModel | None = None
+    challenge: str = ""
 
     @property
     def media_type(self) -> str:
@@ -50,8 +67,8 @@ class Reply:
             headers["content-type"] = self.media_type
         if isinstance(self.body, Problem) and self.body.retry_after_ms:
             headers["retry-after"] = str(-(-self.body.retry_after_ms // 1000))
-        if self.status == 401:
-            headers["www-authenticate"] = "Lease"
+        if self.challenge or self.status == 401:
+            headers["www-authenticate"] = self.challenge or "Lease"
         return headers
 
     def content(self) -> bytes:

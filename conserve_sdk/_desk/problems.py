@@ -25,14 +25,15 @@ _FIELDS_SHOWN = 3
 class ProblemRaised(Exception):  # noqa: N818 - carries an answer; nothing broke
     """Ends a call early with a problem document."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, challenge: str = "") -> None:
         super().__init__(f"{problem.status} {problem.code}: {problem.detail}")
         self.problem = problem
+        self.challenge = challenge
 
     @property
     def reply(self) -> Reply:
         """The problem as an answer."""
-        return Reply(status=self.problem.status, body=self.problem)
+        return Reply(status=self.problem.status, body=self.problem, challenge=self.challenge)
 
 
 def problem(status: int, *, code: str, title: str, detail: str, retry_after_ms: int | None = None) -> ProblemRaised:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import unquote
 
 from pydantic import BaseModel
@@ -32,6 +32,9 @@ from conserve_sdk.protocol import (
 
 BodyT = TypeVar("BodyT")
 
+Scope = Literal["agent", "worker", "admin"]
+"""What an API key is for: conversations, being an engine of the fleet, or running it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route(Generic[BodyT]):
@@ -43,7 +46,8 @@ class Route(Generic[BodyT]):
         answer: wire model of a good answer, None for an empty one.
         statuses: statuses of a good answer, the usual one first.
         problems: statuses of problem documents it may answer besides those of every route.
-        holder: whether the caller proves by `Authorization: Lease <token>` that it holds the lease.
+        holder: whether the caller proves by the lease's token in a header that it holds the lease.
+        scopes: whose keys may ask, besides those of scope `admin`, which may ask everything.
     """
 
     method: str
@@ -56,6 +60,7 @@ class Route(Generic[BodyT]):
     statuses: tuple[int, ...] = (200,)
     problems: tuple[int, ...] = ()
     holder: bool = False
+    scopes: tuple[Scope, ...] = ()
 
     def target_of(self, path: str) -> str | None:
         """The value of the path's parameter ("" where there is none), or None when `path` is not this route's."""
@@ -84,6 +89,7 @@ ROUTES: tuple[Route[Any], ...] = (
         answer=LeaseGrant,
         statuses=(201, 200),
         problems=_GRANT_PROBLEMS,
+        scopes=("agent",),
     ),
     Route(
         method="GET",
@@ -94,6 +100,7 @@ ROUTES: tuple[Route[Any], ...] = (
         answer=LeaseGrant,
         problems=(401, 404, 409),
         holder=True,
+        scopes=("agent",),
     ),
     Route(
         method="DELETE",
@@ -104,6 +111,7 @@ ROUTES: tuple[Route[Any], ...] = (
         statuses=(204,),
         problems=(401, 404),
         holder=True,
+        scopes=("agent",),
     ),
     Route(
         method="POST",
@@ -115,6 +123,7 @@ ROUTES: tuple[Route[Any], ...] = (
         answer=LeaseGrant,
         statuses=(201, 200),
         problems=(401, *_GRANT_PROBLEMS),
+        scopes=("agent",),
     ),
     Route(
         method="POST",
@@ -125,6 +134,7 @@ ROUTES: tuple[Route[Any], ...] = (
         body=TokenBody,
         answer=LeaseStatus,
         problems=(401, 404),
+        scopes=("agent",),
     ),
     Route(
         method="GET",
@@ -134,6 +144,7 @@ ROUTES: tuple[Route[Any], ...] = (
         handle=leases.explain_lease,
         answer=LeaseExplanation,
         problems=(404,),
+        scopes=("agent",),
     ),
     Route(
         method="POST",
@@ -143,6 +154,7 @@ ROUTES: tuple[Route[Any], ...] = (
         handle=batches.take_reports,
         body=ReportBatch,
         answer=BatchAnswer,
+        scopes=("agent",),
     ),
     Route(
         method="POST",
@@ -152,6 +164,7 @@ ROUTES: tuple[Route[Any], ...] = (
         handle=batches.renew_leases,
         body=RenewalBatch,
         answer=BatchAnswer,
+        scopes=("agent",),
     ),
     Route(
         method="GET",
@@ -160,6 +173,7 @@ ROUTES: tuple[Route[Any], ...] = (
         summary="List the engines as the broker sees them",
         handle=fleet.list_engines,
         answer=EngineList,
+        scopes=("agent", "worker"),
     ),
     Route(
         method="GET",
@@ -169,6 +183,7 @@ ROUTES: tuple[Route[Any], ...] = (
         handle=fleet.read_engine,
         answer=EngineInfo,
         problems=(404,),
+        scopes=("agent", "worker"),
     ),
     Route(
         method="POST",
@@ -195,6 +210,7 @@ ROUTES: tuple[Route[Any], ...] = (
         summary="The fleet, its leases and the broker's main counters",
         handle=fleet.read_fleet,
         answer=FleetInfo,
+        scopes=("agent",),
     ),
     Route(
         method="GET",

@@ -19,7 +19,7 @@ from conserve_sdk._turn.hops import REQUEST_ID, fetch_watched, open_watched
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.placing import Place
-from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request
+from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request, key_header
 from conserve_sdk.identity import HEADER_SESSION
 from conserve_sdk.protocol import Binding
 
@@ -244,7 +244,7 @@ class Legs:
         turn = self._turn
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
-        headers = {HEADER_SESSION: session, REQUEST_ID: self._kit.new_request_id()}
+        headers = {HEADER_SESSION: session, REQUEST_ID: self._kit.new_request_id(), **key_header(engine)}
         if turn.lease is not None:
             headers[HEADER_LEASE] = turn.lease.token
         return engine_request(

@@ -13,7 +13,7 @@ from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
 from conserve_sdk.core.units import LeaseId
-from conserve_sdk.errors import BrokerError, LeaseError, LeaseRefused, ProtocolError
+from conserve_sdk.errors import AccessDenied, BrokerError, LeaseError, LeaseRefused, ProtocolError, RateLimited
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
 
 __all__ = ["Place", "Placing"]
@@ -209,7 +209,7 @@ class Placing:
         if isinstance(error, LeaseRefused):
             log.info("lease_refused conversation_id=%s reason=%s", self._ref.conversation_id, error.reason)
             return False
-        if isinstance(error, ProtocolError) and error.code:
+        if isinstance(error, AccessDenied | RateLimited) or (isinstance(error, ProtocolError) and error.code):
             return False
         if isinstance(error, ProtocolError):  # a proxy's page, another server, another version: worth somebody's look
             log.warning("broker_not_understood: %s", error)

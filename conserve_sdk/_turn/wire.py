@@ -9,8 +9,9 @@ from typing import Any
 import httpx2
 
 from conserve_sdk.identity import HEADER_SESSION
+from conserve_sdk.protocol import Binding
 
-__all__ = ["HEADER_LEASE", "SESSION_CHARS_MAX", "TRACE_HEADERS", "engine_request", "engine_url"]
+__all__ = ["HEADER_LEASE", "SESSION_CHARS_MAX", "TRACE_HEADERS", "engine_request", "engine_url", "key_header"]
 
 HEADER_LEASE = "X-ConServe-Lease"
 """Carries the lease token to the engine, for a guard there; stock engines ignore it."""
@@ -27,6 +28,11 @@ _REPLACED = frozenset(
         b"accept-encoding",  # the tracker reads the bytes that pass by, so they must come as they are
     }
 )
+
+
+def key_header(engine: Binding) -> dict[str, str]:
+    """The engine's own API key, if the broker brought it; it takes the place of the application's."""
+    return {"Authorization": f"Bearer {engine.api_key}"} if engine.api_key else {}
 
 
 @functools.lru_cache(maxsize=1_024)  # parsing a URL costs more than all else here, and there are few

@@ -55,6 +55,7 @@ from conserve_sdk.core.settings import (
     PlacementSettings,
     PrefillChoice,
     PrefillerHosts,
+    TenantQuota,
 )
 from conserve_sdk.core.units import (
     MILLION,
@@ -139,6 +140,7 @@ __all__ = [
     "SupersedeCause",
     "SupersedeRequested",
     "TenantId",
+    "TenantQuota",
     "TimerFired",
     "Tokens",
     "TransferGroup",

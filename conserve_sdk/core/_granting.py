@@ -186,7 +186,7 @@ def _wanted(state: State, pending: Pending) -> Wanted:
         exact=pending.exact,
         parent=pending.parent,
         hint=pending.hint,
-        quota_tokens=state.settings.leased_tokens_per_tenant_max,
+        quota_tokens=state.settings.quota_of(pending.key.tenant).leased_tokens_max,
         tenant_tokens=Tokens(tenant_tokens),
         cached=_cached(state, pending),
         failed_engine_id=pending.failed_engine_id,
@@ -209,7 +209,7 @@ def _over_bounds(state: State, pending: Pending) -> bool:
     settings = state.settings
     return (
         len(state.leases) >= settings.leases_max
-        or state.leases.count_of(pending.key.tenant) >= settings.leases_per_tenant_max
+        or state.leases.count_of(pending.key.tenant) >= settings.quota_of(pending.key.tenant).leases_max
     )
 
 

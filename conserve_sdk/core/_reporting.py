@@ -186,7 +186,10 @@ def _hindrance(state: State, lease: Lease, rival: Lease | None) -> LeaseVerdict 
     if decoder.incarnation not in {None, lease.decoder.incarnation}:
         return LeaseVerdict.ENGINE_LOST
     settings, tenant = state.settings, lease.key.tenant
-    full = len(state.leases) >= settings.leases_max or state.leases.count_of(tenant) >= settings.leases_per_tenant_max
+    full = (
+        len(state.leases) >= settings.leases_max
+        or state.leases.count_of(tenant) >= settings.quota_of(tenant).leases_max
+    )
     return LeaseVerdict.UNKNOWN if full and rival is None else None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from conserve_sdk.core.units import Ms, Ppm, Tokens
+from conserve_sdk.core.units import Ms, Ppm, TenantId, Tokens
 
 
 class PrefillChoice(StrEnum):
@@ -113,6 +114,19 @@ PRESETS: dict[str, PlacementSettings] = {preset.name: preset for preset in (PAPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantQuota:
+    """What one tenant may hold.
+
+    Attributes:
+        leases_max: live leases at once.
+        leased_tokens_max: tokens that its live leases may hold together; 0: no bound.
+    """
+
+    leases_max: int
+    leased_tokens_max: Tokens = Tokens(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
     """Everything `core.Broker` is told at its construction.
 
@@ -127,6 +141,7 @@ class BrokerSettings:
         observation_max_age_ms: an engine whose last observation is older gets no new lease (invariant 6).
         leases_max, queue_max, leases_per_tenant_max: bounds (invariant 9).
         leased_tokens_per_tenant_max: tokens that all live leases of one tenant may hold together; 0: no bound.
+        tenant_quotas: tenants with bounds of their own in place of these two.
         wait_max_ms: longest time a request may wait for admission.
         retry_after_ms: what a refused client is told at least.
         backlog_max_age_ms: a dispatched prefill nobody reported on stops counting after this long.
@@ -144,8 +159,14 @@ class BrokerSettings:
     leases_max: int = 100_000
     leases_per_tenant_max: int = 100_000
     leased_tokens_per_tenant_max: Tokens = Tokens(0)
+    tenant_quotas: Mapping[TenantId, TenantQuota] = field(default_factory=dict)
     queue_max: int = 10_000
     wait_max_ms: Ms = Ms(120_000)
     retry_after_ms: Ms = Ms(1_000)
     backlog_max_age_ms: Ms = Ms(30_000)
     receipt_candidates_max: int = 4
+
+    def quota_of(self, tenant: TenantId) -> TenantQuota:
+        """The bounds of a tenant."""
+        common = TenantQuota(leases_max=self.leases_per_tenant_max, leased_tokens_max=self.leased_tokens_per_tenant_max)
+        return self.tenant_quotas.get(tenant, common)

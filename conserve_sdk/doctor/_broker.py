@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx2
 import pydantic
 
+from conserve_sdk._broker_access import API_KEY_ENV, BrokerAccess
 from conserve_sdk.doctor._finding import Finding, fail, note, ok, reason
 from conserve_sdk.doctor._look import Target
 from conserve_sdk.protocol import PROTOCOL_VERSION, EngineInfo, FleetInfo
@@ -20,17 +21,17 @@ class BrokerVisit:
     Args:
         http: of the doctor.
         url: where the broker answers.
-        api_key: this machine's key at the broker; may be empty.
+        access: this machine's key at the broker, and whom it trusts.
 
     Attributes:
         targets: the engines it knows and believes to be there; filled by `findings`.
     """
 
-    def __init__(self, http: httpx2.Client, url: str, *, api_key: str = "") -> None:
+    def __init__(self, http: httpx2.Client, url: str, *, access: BrokerAccess) -> None:
         self.targets: list[Target] = []
         self._http = http
         self._url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = access.headers()
 
     def findings(self) -> Iterator[Finding]:
         """Report the broker and what it says about its engines."""
@@ -40,9 +41,8 @@ class BrokerVisit:
             answer = self._http.get(f"{self._url}/v1/fleet", headers=self._headers)
             if answer.status_code in (401, 403):
                 detail = f"{self._url} refuses this key (HTTP {answer.status_code})"
-                yield fail(
-                    "broker", "broker", detail, fix="give the key of a tenant: --broker-key, or CONSERVE_API_KEY"
-                )
+                how = f"give the key of a tenant, of scope agent: {API_KEY_ENV}, or --broker-key"
+                yield fail("broker", "broker", detail, fix=how)
                 return
             fleet = FleetInfo.model_validate_json(answer.raise_for_status().content)
         except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
@@ -58,6 +58,9 @@ class BrokerVisit:
         else:
             status = f"/healthz {health.status_code}, /readyz {ready.status_code}"
             yield fail("broker", "broker", f"not ready at {self._url} ({status})", fix="see its log")
+        if ready.headers.get("content-type") == "application/json" and ready.json().get("access") == "open":
+            detail = "open: no API key is configured, so whoever reaches it may use it and drain its engines"
+            yield note("broker", "access", detail, fix="make keys with `conserve broker keygen`")
         yield from self._fleet(fleet)
 
     def _fleet(self, fleet: FleetInfo) -> Iterator[Finding]:

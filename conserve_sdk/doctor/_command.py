@@ -12,6 +12,7 @@ from typing import Final, NoReturn, cast
 
 import httpx2
 
+from conserve_sdk._broker_access import API_KEY_ENV, AccessFaultError, BrokerAccess
 from conserve_sdk._tls import verify_for
 from conserve_sdk.doctor._broker import BrokerVisit
 from conserve_sdk.doctor._engine import RestSample, check_engine, check_rest
@@ -58,9 +59,7 @@ def main(
     with httpx2.Client(transport=network, timeout=CALL_TIMEOUT_S, trust_env=False) as client:
         http = EngineHttp(client, api_key=options.engine_key)
         prober = None if options.no_requests else Prober(http, clock_s=clock_s, sleep=sleep)
-        for finding in _report(
-            client, http, prober, options, targets, transport=transport, clock_s=clock_s, sleep=sleep
-        ):
+        for finding in _report(http, prober, options, targets, transport=transport, clock_s=clock_s, sleep=sleep):
             findings.append(finding)
             if not options.json:
                 sys.stdout.write(f"{finding}\n")
@@ -73,7 +72,6 @@ def main(
 
 
 def _report(
-    client: httpx2.Client,
     http: EngineHttp,
     prober: Prober | None,
     options: argparse.Namespace,
@@ -86,8 +84,17 @@ def _report(
     yield from check_installation()
     broker_url = options.broker or os.environ.get("CONSERVE_BROKER_URL", "").split(",")[0].strip()
     if broker_url:
-        visit = BrokerVisit(client, broker_url, api_key=options.broker_key)
-        yield from visit.findings()
+        try:
+            access = BrokerAccess.resolve(api_key=options.broker_key or None)
+            verify = access.verify([broker_url])
+        except AccessFaultError as fault:
+            yield fail("broker", "broker", "cannot be asked", fix=str(fault))
+            return
+        with httpx2.Client(
+            transport=transport or httpx2.HTTPTransport(verify=verify), timeout=CALL_TIMEOUT_S, trust_env=False
+        ) as broker_http:
+            visit = BrokerVisit(broker_http, broker_url, access=access)
+            yield from visit.findings()
         targets = [*visit.targets, *targets]
     elif not targets:
         yield note("broker", "broker", "not asked", fix="give --broker URL, or the URLs of engines")
@@ -96,7 +103,7 @@ def _report(
         models = sorted({target.model for target in targets if target.from_broker and target.role != "prefiller"})
         for model in models:
             yield check_leased_turn(
-                broker_url, model, api_key=options.broker_key, engine_key=options.engine_key, transport=transport
+                broker_url, model, access=access, engine_key=options.engine_key, transport=transport
             )
 
 
@@ -208,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("engines", nargs="*", metavar="[ROLE=]URL", help="engines; ROLE: prefiller, decoder or both")
     parser.add_argument("--broker", metavar="URL", default="", help="default: CONSERVE_BROKER_URL")
     key, env = "KEY", os.environ.get
-    parser.add_argument("--broker-key", metavar=key, default=env("CONSERVE_API_KEY", ""), help="or CONSERVE_API_KEY")
+    parser.add_argument("--broker-key", metavar=key, default="", help=f"better: {API_KEY_ENV}, which no `ps` shows")
     parser.add_argument(
         "--engine-key", metavar=key, default=env("CONSERVE_ENGINE_KEY", ""), help="or CONSERVE_ENGINE_KEY"
     )

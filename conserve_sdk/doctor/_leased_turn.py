@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 
+from conserve_sdk._broker_access import BrokerAccess
 from conserve_sdk.client import ConServe
 from conserve_sdk.doctor._finding import Finding, fail, ok, reason
 from conserve_sdk.identity import conversation
@@ -17,21 +18,27 @@ __all__ = ["check_leased_turn"]
 TIMEOUT_S = 60.0
 
 
-def check_leased_turn(broker_url: str, model: str, *, api_key: str, engine_key: str, transport: Any = None) -> Finding:
+def check_leased_turn(
+    broker_url: str, model: str, *, access: BrokerAccess, engine_key: str, transport: Any = None
+) -> Finding:
     """Hold a conversation of one short turn, and give its lease back.
 
     Args:
         broker_url: where the broker answers.
         model: to ask for.
-        api_key: this machine's key at the broker; may be empty.
+        access: this machine's key at the broker, and whom it trusts.
         engine_key: the engines' own; may be empty.
         transport: replaces the network (tests).
     """
     subject, check = f"turn of {model}", "leased_turn"
     turns = TurnCollector()
     options: dict[str, Any] = {"broker_transport": transport, "engine_transport": transport} if transport else {}
-    if api_key:
-        options["api_key"] = api_key
+    options |= {
+        "broker_api_key": access.api_key,
+        "broker_ca": access.ca_file,
+        "broker_cert": access.cert_file,
+        "broker_cert_key": access.cert_key_file,
+    }
     with ConServe(broker_url, on_turn=turns, **options) as conserve:
         client = conserve.openai_client(max_retries=0, **({"api_key": engine_key} if engine_key else {}))
         name = f"doctor-{uuid.uuid4().hex}"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx2
 
-from conserve_sdk._desk import Call, Desk, Outcome, ProblemRaised, Reply, find_route
+from conserve_sdk._desk import Call, Desk, Outcome, ProblemRaised, Reply, find_route, lease_token_in
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
     EngineSpec,
@@ -26,7 +26,7 @@ from conserve_sdk.core.events import (
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, RequestId, Tokens, TransferGroup
-from conserve_sdk.protocol import LEASE_SCHEME, Problem
+from conserve_sdk.protocol import Problem
 from conserve_sdk.testing._clock import FakeClock
 from conserve_sdk.testing._engines import ImaginedFleet
 from conserve_sdk.tokens import SigningKey, TokenSigner
@@ -162,11 +162,10 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 route, target = find_route(request.method, request.url.path)
             except ProblemRaised as problem:
                 return problem.reply
-            scheme, _, token = request.headers.get("authorization", "").partition(" ")
             call = Call(
                 now_ms=self.clock.now_ms(),
                 target=target,
-                lease_token=token if scheme == LEASE_SCHEME else "",
+                lease_token=lease_token_in(request.headers),
                 raw=request.content,
             )
             outcome = self._desk.handle(route, call)

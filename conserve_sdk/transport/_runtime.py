@@ -42,10 +42,10 @@ class Runtime:
         self.engines = settings.engine_transport or EnginePool()
         self.async_engines = settings.engine_transport or AsyncEnginePool()
         self.broker = SyncBrokerClient(
-            settings.broker_urls, api_key=settings.api_key, transport=settings.broker_transport
+            settings.broker_urls, access=settings.access, transport=settings.broker_transport
         )
         self.async_broker = AsyncBrokerClient(
-            settings.broker_urls, api_key=settings.api_key, transport=settings.broker_transport
+            settings.broker_urls, access=settings.access, transport=settings.broker_transport
         )
         registry = LeaseRegistry()
         self.reporter = Reporter(self.broker, registry, clock=lambda: clock_us() // 1000)

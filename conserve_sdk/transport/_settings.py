@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 
 import httpx2
 
+from conserve_sdk._broker_access import AccessFaultError, BrokerAccess
 from conserve_sdk._turn import Timeouts, TurnOptions, TurnPlanner
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.telemetry import Follower, LoggingHook
@@ -24,7 +25,12 @@ class ConServeOptions(TypedDict, total=False):
     """Keyword options that `ConServe`, `connect`, the transports and the client factories share.
 
     Attributes:
-        api_key: this program's key at the broker (`Authorization: Bearer`).
+        broker_api_key: this program's key at the broker; default: the environment's `CONSERVE_BROKER_API_KEY`, or the
+            file that `CONSERVE_BROKER_API_KEY_FILE` names.
+        broker_ca: PEM file with the authorities that vouch for an https broker (`CONSERVE_BROKER_CA`); default: the
+            system's.
+        broker_cert, broker_cert_key: PEM files with this program's own certificate and key, for brokers that ask for
+            one (`CONSERVE_BROKER_CERT`, `CONSERVE_BROKER_CERT_KEY`).
         wait_s: how long a first turn waits for admission before `LeaseRefused`.
         timeouts: all other time limits.
         on_broker_unavailable: `"fallback"` sends new conversations to `fallback_engines` when no broker answers;
@@ -38,7 +44,10 @@ class ConServeOptions(TypedDict, total=False):
         clock_us: monotonic microseconds, for tests.
     """
 
-    api_key: str | None
+    broker_api_key: str | None
+    broker_ca: str | None
+    broker_cert: str | None
+    broker_cert_key: str | None
     wait_s: float
     timeouts: Timeouts
     on_broker_unavailable: Literal["fallback", "raise"]
@@ -56,7 +65,7 @@ class Settings:
     """The options, resolved; see `ConServeOptions` for what they mean."""
 
     broker_urls: tuple[str, ...]
-    api_key: str | None = None
+    access: BrokerAccess = field(default_factory=BrokerAccess)
     wait_s: float = 30.0
     timeouts: Timeouts = field(default_factory=Timeouts)
     on_broker_unavailable: Literal["fallback", "raise"] = "fallback"
@@ -82,6 +91,7 @@ class Settings:
         hooks = values.pop("on_turn", None)
         values["on_turn"] = _hooks(hooks)
         values["fallback_engines"] = _urls(values.pop("fallback_engines", ()), key="fallback_engines")
+        values["access"] = _access(values)
         settings = cls(broker_urls=_broker_urls(broker_url), **values)
         settings._check()
         return settings
@@ -98,12 +108,28 @@ class Settings:
         )
 
     def _check(self) -> None:
+        try:
+            self.access.verify(self.broker_urls)
+        except AccessFaultError as fault:
+            raise ConfigError(str(fault), key=fault.key) from fault
         if not 0 <= self.wait_s <= 86_400:
             raise ConfigError("wait_s must lie between 0 and 86400 seconds", key="wait_s")
         if self.on_broker_unavailable not in ("fallback", "raise"):
             raise ConfigError("on_broker_unavailable must be 'fallback' or 'raise'", key="on_broker_unavailable")
         if self.stranger_bytes_max < 0:
             raise ConfigError("stranger_bytes_max must not be negative", key="stranger_bytes_max")
+
+
+def _access(values: dict[str, Any]) -> BrokerAccess:
+    try:
+        return BrokerAccess.resolve(
+            api_key=values.pop("broker_api_key", None),
+            ca_file=values.pop("broker_ca", None),
+            cert_file=values.pop("broker_cert", None),
+            cert_key_file=values.pop("broker_cert_key", None),
+        )
+    except AccessFaultError as fault:
+        raise ConfigError(str(fault), key=fault.key) from None
 
 
 def _broker_urls(given: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_openai.chat_models.base import BaseChatOpenAI
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from conserve_langgraph._identity import conversation_of
 from conserve_langgraph._state import messages_of_state
@@ -21,7 +21,14 @@ from conserve_sdk import BASE_URL, ConfigError, ConServe, connect
 from conserve_sdk.identity import HEADER_CONVERSATION, current_conversation, wire_id
 
 _WIRING = frozenset({"http_client", "http_async_client", "base_url", "openai_api_base"})
-_NOT_PICKLED = _WIRING | {"conserve", "client", "async_client", "root_client", "root_async_client"}
+_NOT_PICKLED = _WIRING | {
+    "broker_api_key",
+    "conserve",
+    "client",
+    "async_client",
+    "root_client",
+    "root_async_client",
+}
 _CONFIG_CONVERSATION = "conserve_config_conversation"
 
 
@@ -50,6 +57,8 @@ class ConServeChat(BaseChatOpenAI):
         broker_url: one broker, or several of which the first that answers is used. Default: `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`. Models with the same `broker_url`
             share one per process.
+        broker_api_key: this program's key at the broker. Default: `CONSERVE_BROKER_API_KEY`, which is also where a
+            copy in another process takes it from: pickles and `dumpd` leave it out.
         conversation_id: conversation of every call of this model object; leave it out in graphs.
 
     Raises:
@@ -58,6 +67,7 @@ class ConServeChat(BaseChatOpenAI):
 
     broker_url: str | Sequence[str] | None = None
     conserve: ConServe | Any = Field(default=None, exclude=True, repr=False)
+    broker_api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     conversation_id: str | None = None
 
     @model_validator(mode="before")
@@ -66,7 +76,9 @@ class ConServeChat(BaseChatOpenAI):
         taken = sorted(_WIRING.intersection(values))
         if taken:
             raise ValueError(f"ConServeChat makes its own HTTP clients: leave out {', '.join(taken)}, give broker_url")
-        conserve = values.get("conserve") or connect(values.get("broker_url"))
+        conserve = values.get("conserve") or connect(
+            values.get("broker_url"), broker_api_key=_plain(values.get("broker_api_key"))
+        )
         # langchain-openai switches stream_usage off for any custom client; without usage nothing can be accounted.
         defaults: dict[str, Any] = {"stream_usage": True}
         if not {"api_key", "openai_api_key"} & set(values):
@@ -200,13 +212,17 @@ class ConServeChat(BaseChatOpenAI):
     def _is_connected_by_url(self) -> bool:
         """Whether `connect` would give the other process what this one has."""
         try:
-            return connect(self.broker_url) is self.conserve
+            return connect(self.broker_url, broker_api_key=_plain(self.broker_api_key)) is self.conserve
         except ConfigError:
             return False
 
 
 ChatConServe = ConServeChat
 """The same class under the name that LangChain's partner packages would give it."""
+
+
+def _plain(secret: SecretStr | str | None) -> str | None:
+    return secret.get_secret_value() if isinstance(secret, SecretStr) else secret
 
 
 def _rebuild(kind: type[ConServeChat], given: dict[str, Any]) -> ConServeChat:

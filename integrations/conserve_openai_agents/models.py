@@ -117,6 +117,7 @@ class ConServeModel(_Leased, OpenAIChatCompletionsModel):
         model: name that the engines serve.
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        broker_api_key: this program's key at the broker; default `CONSERVE_BROKER_API_KEY`.
         options: for `agents.OpenAIChatCompletionsModel`.
     """
 
@@ -126,9 +127,10 @@ class ConServeModel(_Leased, OpenAIChatCompletionsModel):
         *,
         broker_url: str | Sequence[str] | None = None,
         conserve: ConServe | None = None,
+        broker_api_key: str | None = None,
         **options: Any,
     ) -> None:
-        self.conserve = conserve or connect(broker_url)
+        self.conserve = conserve or connect(broker_url, broker_api_key=broker_api_key)
         super().__init__(model=model, openai_client=self.conserve.async_openai_client(), **options)
 
 
@@ -139,6 +141,7 @@ class ConServeResponsesModel(_Leased, OpenAIResponsesModel):
         model: name that the engines serve.
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        broker_api_key: this program's key at the broker; default `CONSERVE_BROKER_API_KEY`.
     """
 
     def __init__(
@@ -147,8 +150,9 @@ class ConServeResponsesModel(_Leased, OpenAIResponsesModel):
         *,
         broker_url: str | Sequence[str] | None = None,
         conserve: ConServe | None = None,
+        broker_api_key: str | None = None,
     ) -> None:
-        self.conserve = conserve or connect(broker_url)
+        self.conserve = conserve or connect(broker_url, broker_api_key=broker_api_key)
         super().__init__(model=model, openai_client=self.conserve.async_openai_client())
 
 
@@ -158,6 +162,7 @@ class ConServeModelProvider(ModelProvider):
     Args:
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        broker_api_key: this program's key at the broker; default `CONSERVE_BROKER_API_KEY`.
         default_model: name for agents that name none.
         use_responses: speak the Responses API to the engines instead of chat completions.
     """
@@ -167,10 +172,11 @@ class ConServeModelProvider(ModelProvider):
         broker_url: str | Sequence[str] | None = None,
         *,
         conserve: ConServe | None = None,
+        broker_api_key: str | None = None,
         default_model: str | None = None,
         use_responses: bool = False,
     ) -> None:
-        self.conserve = conserve or connect(broker_url)
+        self.conserve = conserve or connect(broker_url, broker_api_key=broker_api_key)
         self.default_model = default_model
         self.use_responses = use_responses
         self._models: dict[str, Model] = {}

@@ -31,10 +31,17 @@ class ConServeProvider(VLLMProvider):
     Args:
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        broker_api_key: this program's key at the broker; default `CONSERVE_BROKER_API_KEY`.
     """
 
-    def __init__(self, broker_url: str | Sequence[str] | None = None, *, conserve: ConServe | None = None) -> None:
-        self.conserve = conserve or connect(broker_url)
+    def __init__(
+        self,
+        broker_url: str | Sequence[str] | None = None,
+        *,
+        conserve: ConServe | None = None,
+        broker_api_key: str | None = None,
+    ) -> None:
+        self.conserve = conserve or connect(broker_url, broker_api_key=broker_api_key)
         super().__init__(openai_client=self.conserve.async_openai_client())
 
 
@@ -52,6 +59,7 @@ class ConServeModel(WrapperModel):
         model_name: name that the engines serve.
         broker_url: one broker or several; default `CONSERVE_BROKER_URL`.
         conserve: a `conserve_sdk.ConServe` of your own, instead of `broker_url`.
+        broker_api_key: this program's key at the broker; default `CONSERVE_BROKER_API_KEY`.
         api: which API to speak to the engines.
         profile: what the model can do; default: Pydantic AI's own for vLLM.
         settings: defaults of every request.
@@ -63,11 +71,12 @@ class ConServeModel(WrapperModel):
         *,
         broker_url: str | Sequence[str] | None = None,
         conserve: ConServe | None = None,
+        broker_api_key: str | None = None,
         api: Literal["chat", "responses"] = "chat",
         profile: ModelProfileSpec | None = None,
         settings: ModelSettings | None = None,
     ) -> None:
-        provider = ConServeProvider(broker_url, conserve=conserve)
+        provider = ConServeProvider(broker_url, conserve=conserve, broker_api_key=broker_api_key)
         self.conserve = provider.conserve
         kind = OpenAIResponsesModel if api == "responses" else OpenAIChatModel
         super().__init__(kind(model_name, provider=provider, profile=profile, settings=settings))

@@ -8,14 +8,15 @@ from typing import Any
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.requests import Request
 
+from conserve_broker.api_keys import new_key
 from conserve_broker.app import create_app
+from conserve_broker.gate import Gate
 from conserve_broker.journal import MemoryJournal
 from conserve_broker.metrics import BrokerMetrics
 from conserve_broker.service import BrokerService
 from conserve_sdk._desk import ROUTES
-from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, TenantId, Tokens
+from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, Tokens
 from conserve_sdk.protocol import BODY_BYTES_MAX, EngineInfo, LeaseGrant, Problem
 from conserve_sdk.testing import small_fleet
 from conserve_sdk.tokens import SigningKey, TokenSigner
@@ -253,16 +254,13 @@ async def call(running: Running, path: str, messages: Any) -> list[dict[str, Any
 
 
 async def test_the_tenant_is_decided_in_one_place(running: Running) -> None:
-    def tenant_of(request: Request) -> TenantId:
-        return TenantId(request.headers.get("x-test-tenant", "nobody"))
-
-    shared = Running(running.service, BrokerMetrics(), tenant_of=tenant_of)
-    grants = [
-        (await shared.http.post("/v1/leases", json=BODY, headers={"x-test-tenant": name})).json() for name in "ab"
-    ]
+    keys = {name: new_key(tenant=name, scopes=("agent",)) for name in "ab"}
+    shared = Running(running.service, BrokerMetrics(), gate=Gate([key.table for key in keys.values()]))
+    sent = {name: {"authorization": f"Bearer {key.text}"} for name, key in keys.items()}
+    grants = [(await shared.http.post("/v1/leases", json=BODY, headers=sent[name])).json() for name in "ab"]
     assert [grant["tenant"] for grant in grants] == ["a", "b"]
     assert grants[0]["lease_id"] != grants[1]["lease_id"], "the same conversation of two tenants is two"
-    headers = {"authorization": f"Lease {grants[0]['token']}", "x-test-tenant": "b"}
+    headers = {"x-conserve-lease": grants[0]["token"], **sent["b"]}
     stolen = await shared.http.get(f"/v1/leases/{grants[0]['lease_id']}", headers=headers)
     assert problem(stolen).code == "bad_token"
 
@@ -275,7 +273,7 @@ async def test_probes(running: Running) -> None:
     ready = await running.http.get("/readyz")
     assert (ready.status_code, ready.json()) == (
         200,
-        {"ready": True, "role": "alone", "reasons": [], "warnings": []},
+        {"ready": True, "role": "alone", "access": "open", "reasons": [], "warnings": []},
     )
     running.service.quiesce()
     late = await running.http.get("/readyz")
@@ -299,7 +297,7 @@ async def test_the_document_lists_every_route_with_its_models(running: Running) 
             content = operation["responses"][str(status)]["content"]
             assert content == {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
         headers = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "header"]
-        assert headers == (["authorization"] if route.holder else [])
+        assert headers == (["X-ConServe-Lease"] if route.holder else [])
     assert {"/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
     assert "HTTPValidationError" not in document["components"]["schemas"]
     assert (await running.http.get("/openapi.json")).json() == document

@@ -43,7 +43,7 @@ class TestExample:
         assert shown == default
 
     def test_what_is_commented_out_is_right_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        text = re.sub(r"^# (?=\[\[|[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+        text = re.sub(r"^# (?=\[\[|[a-z_0-9]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
         key = tmp_path / "key"
         key.write_text(SECRET)
         path = tmp_path / "broker.toml"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conserve_broker.api_keys import new_key
 from conserve_broker.reload import ConfigWatcher, FleetEvent, fleet_changes
 from conserve_broker.settings import BrokerConfig, load_config
 from conserve_sdk.core.events import EngineConfigured, EngineRemoved, EngineSpec, Role
@@ -151,3 +152,68 @@ class TestWatcher:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert len(fleet.applied) == 1
+
+
+class TestKeys:
+    """API keys are taken over from the configuration and from the key file."""
+
+    def test_keys_come_and_go_while_the_broker_runs(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        one, two = (new_key(tenant="red", scopes=("agent",), key_id=f"red-{number}") for number in (1, 2))
+        path, key_file = tmp_path / "broker.toml", tmp_path / "keys.toml"
+        key_file.write_text(two.toml().replace("access.keys", "keys"))
+        path.write_text(one.toml())
+        told: list[list[str]] = []
+        watcher = ConfigWatcher(
+            path,
+            load_config(path),
+            apply=lambda *_: None,
+            apply_keys=lambda _, keys: told.append([key.id for key in keys]),
+            now_ms=lambda: 7,  # type: ignore[arg-type, return-value]
+        )
+        watcher.poll()
+        assert told == [["red-1"]]
+        watcher.poll()
+        assert told == [["red-1"]], "nothing new is told again"
+        path.write_text(f'[access]\nkey_file = "keys.toml"\n{one.toml()}')
+        watcher.poll()
+        assert told[-1] == ["red-1", "red-2"]
+        key_file.write_text("")
+        with caplog.at_level(logging.INFO):
+            watcher.poll()
+        assert told[-1] == ["red-1"]
+        assert "1 API key(s) in force" in caplog.text
+        assert watcher.restart_keys == ()
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("keys = 3", "keys: input should be a valid tuple"),
+            ("[[keys]]\nid = 'a'", "keys.a.tenant: is missing; add it"),
+            ("[[keys]]\nid = 'a'\nsha = 'csk.a.secret'", "unknown key; did you mean 'sha256'?"),
+            ("[[keys]\n", "is not valid TOML"),
+            (None, "cannot read"),
+        ],
+    )
+    def test_a_wrong_key_file_changes_nothing_and_shows_no_secret(
+        self, tmp_path: Path, text: str | None, says: str
+    ) -> None:
+        path, key_file = tmp_path / "broker.toml", tmp_path / "keys.toml"
+        key_file.write_text("")
+        path.write_text('[access]\nkey_file = "keys.toml"')
+        told: list[int] = []
+        watcher = ConfigWatcher(
+            path,
+            load_config(path),
+            apply=lambda *_: None,
+            apply_keys=lambda _, keys: told.append(len(keys)),
+            now_ms=lambda: 7,  # type: ignore[arg-type, return-value]
+        )
+        watcher.poll()
+        if text is None:
+            key_file.unlink()
+        else:
+            key_file.write_text(text)
+        watcher.poll()
+        assert told == [0]
+        assert says in watcher.problem
+        assert "csk.a.secret" not in watcher.problem

@@ -215,7 +215,7 @@ class TestProblems:
         ("data", "line"),
         [
             ({"listn": {}}, "listn: unknown key; did you mean 'listen'?"),
-            ({"qqq": 1}, "qqq: unknown key; known here: admission, discovery, engine, journal, lease, listen"),
+            ({"qqq": 1}, "qqq: unknown key; known here: access, admission, discovery, engine, journal, lease, listen"),
             ({"lease": {"interval_ms": 5}}, "lease.interval_ms: unknown key; it belongs in [scrape]"),
             ({"lease": {"ttl": 5}}, "lease.ttl: unknown key; did you mean 'ttl_ms'?"),
             ({"lease": {"ttl_ms": 10}}, "lease.ttl_ms: must be at least 5000 (got 10)"),

@@ -26,6 +26,8 @@ from conserve_sdk.core import (
     RequestCancelled,
     RequestId,
     Role,
+    TenantId,
+    TenantQuota,
     Tokens,
     Waiting,
 )
@@ -376,6 +378,17 @@ def test_a_tenants_bound_is_its_own() -> None:
     world = World(settings=settings(leases_per_tenant_max=1))
     world.grant("a")
     world.grant("a", tenant="u")
+
+
+def test_one_tenants_own_bounds_take_the_place_of_those_for_all() -> None:
+    quotas = {TenantId("u"): TenantQuota(leases_max=2, leased_tokens_max=Tokens(3_000))}
+    world = World(settings=settings(leases_per_tenant_max=1, tenant_quotas=quotas))
+    world.grant("a", 1_000, tenant="u")
+    assert refused(world.request("b", 2_001, tenant="u")).reason is RefusalReason.OVER_QUOTA
+    world.grant("b", 2_000, tenant="u")
+    assert refused(world.request("c", 1, tenant="u")).reason is RefusalReason.TOO_MANY_LEASES
+    world.grant("a", 9_000)
+    assert refused(world.request("b")).reason is RefusalReason.TOO_MANY_LEASES
 
 
 # ---- tokens from bytes ----

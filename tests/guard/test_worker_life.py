@@ -52,6 +52,7 @@ class ScriptedBroker:
         self.calls: list[tuple[str, str, str, Any]] = []
         self.leases = 0
         self.status = 200
+        self.status_of: dict[str, int] = {}
         broker = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,7 +60,7 @@ class ScriptedBroker:
                 size = int(self.headers.get("content-length", 0))
                 body = json.loads(self.rfile.read(size)) if size else None
                 broker.calls.append((self.command, self.path, self.headers.get("authorization", ""), body))
-                self.send_response(broker.status)
+                self.send_response(broker.status_of.get(self.command, broker.status))
                 self.end_headers()
                 self.wfile.write(json.dumps({"engine_id": "d0", "leases": broker.leases}).encode())
 
@@ -177,6 +178,22 @@ def test_it_waits_for_its_leases_and_beats_meanwhile(broker, start):
     assert "draining: 2 leases left" in said
     drained_at = [call[0] for call in broker.calls].index("POST")
     assert any(call[0] == "PUT" for call in broker.calls[drained_at:])
+
+
+def test_with_a_workers_key_it_leaves_first_and_is_not_called_back_by_a_heartbeat(broker, start):
+    broker.status_of["POST"] = 403
+    broker.leases = 2
+    worker = start("--broker", broker.url)
+    until(lambda: broker.made("PUT"))
+    worker.signal(signal.SIGTERM)
+    until(lambda: len(broker.made("GET")) >= 2)
+    assert worker.notes() == ["env d0"], "the engine goes on while it has leases"
+    broker.status_of["GET"] = 404
+    code, said = worker.ended()
+    assert code == 0
+    assert "failed" not in said
+    left_at = [call[0] for call in broker.calls].index("DELETE")
+    assert all(call[0] != "PUT" for call in broker.calls[left_at:])
 
 
 def test_a_second_signal_ends_the_waiting(broker, start):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conserve_sdk._broker_access import BrokerAccess
 from conserve_sdk._broker_client import AsyncBrokerClient, SyncBrokerClient
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.errors import (
@@ -358,10 +359,11 @@ class TestAnswers:
 
     def test_the_lease_token_and_the_api_key_have_their_headers(self, colour: Colour) -> None:
         script = Script(httpx2.Response(204), granted())
-        client = colour.client(httpx2.MockTransport(script), api_key="key")
+        client = colour.client(httpx2.MockTransport(script), access=BrokerAccess(api_key="key"))
         colour.run(client.release("L1", "token"))
         colour.run(client.acquire(REQUEST, budget_ms=1_000))
-        assert [sent.headers["Authorization"] for sent in script.requests] == ["Lease token", "Bearer key"]
+        assert [sent.headers["Authorization"] for sent in script.requests] == ["Bearer key", "Bearer key"]
+        assert [sent.headers.get("X-ConServe-Lease") for sent in script.requests] == ["token", None]
 
 
 class TinyBroker:

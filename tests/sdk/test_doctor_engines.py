@@ -53,7 +53,7 @@ class Meddling(httpx2.BaseTransport):
 
 @pytest.fixture(autouse=True)
 def no_broker_in_the_environment(monkeypatch) -> None:
-    for name in ("CONSERVE_BROKER_URL", "CONSERVE_API_KEY", "CONSERVE_ENGINE_KEY"):
+    for name in ("CONSERVE_BROKER_URL", "CONSERVE_BROKER_API_KEY", "CONSERVE_ENGINE_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from conserve_sdk._broker_access import API_KEY_ENV
 from conserve_vllm.worker.options import Clash, WorkerOptions
 from conserve_vllm.worker.plan import make_plan
 from conserve_vllm.worker.run import Worker
@@ -98,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--url", default="", help="where clients and broker reach it (default: --host and --port of the command)")
     add("--model", default="", help="the name it serves (default: from the command)")
     add("--broker", default=os.environ.get("CONSERVE_BROKER_URL", ""), help="where to register (CONSERVE_BROKER_URL)")
-    add("--worker-key-file", default="", help=f"file with the broker's worker key (or {KEY_VARIABLE})")
+    add(
+        "--worker-key-file", default="", help=f"file with the broker's worker key (or {KEY_VARIABLE}, or {API_KEY_ENV})"
+    )
     add("--token-keys", default="", help="the broker's token keys: kid=file:/path,... (or CONSERVE_GUARD_KEYS)")
     add("--no-guard", dest="guard", action="store_false", help="start without LeaseGuard: trusted networks only")
     add("--require-lease", action="store_true", help="the guard refuses requests that carry no lease")

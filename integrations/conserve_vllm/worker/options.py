@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Clash", "WorkerOptions"]
 
@@ -41,7 +41,7 @@ class WorkerOptions:
     url: str = ""
     model: str = ""
     broker_url: str = ""
-    worker_key: str = ""
+    worker_key: str = field(default="", repr=False)
     transfer_group: str = "nixl"
     tier: str = ""
     token_keys: str = ""

@@ -110,8 +110,14 @@ class Worker:
             self._await_signal(child, self._options.heartbeat_s)
 
     def _drain(self, child: Child) -> None:
-        """Wait for the engine's leases to go, or for the time to be over, or for a second signal."""
-        if self._broker is None or not self._broker.drain():
+        """Wait for the engine's leases to go, or for the time to be over, or for a second signal.
+
+        With a key that may not drain it takes its leave at once, which drains as well; a heartbeat would call it back.
+        """
+        if self._broker is None:
+            return
+        stays = self._broker.drain()
+        if not stays and not self._broker.leave():
             return
         deadline_s = time.monotonic() + self._options.drain_timeout_s
         beat_s = time.monotonic()
@@ -120,7 +126,7 @@ class Worker:
             if not left:
                 break
             log.warning("draining: %d leases left (a second signal ends it at once)", left)
-            if time.monotonic() - beat_s >= self._options.heartbeat_s:
+            if stays and time.monotonic() - beat_s >= self._options.heartbeat_s:
                 beat_s = time.monotonic()
                 self._broker.beat(self._entry)
             self._await_signal(child, DRAIN_INTERVAL_S)
