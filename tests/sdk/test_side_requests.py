@@ -80,13 +80,3 @@ def test_other_requests_may_use_a_fallback_engine(make_world) -> None:
     world = make_world(fallback_engines=["http://f0.invalid/base/v1"])
     assert get(world, "/models") == 200
     assert (world.engine.calls[-1].engine, world.engine.calls[-1].path) == ("f0", "/base/v1/models")
-
-
-def test_a_body_that_is_none_is_refused_like_an_engine_would(world) -> None:
-    async def apost():
-        return await world.conserve.async_http_client().post("/chat/completions", content=b"{nope")
-
-    response = world.run(lambda: world.conserve.http_client().post("/chat/completions", content=b"{nope"), apost)
-    assert response.status_code == 400
-    assert "not JSON" in response.json()["error"]["message"]
-    assert world.asked() == 0

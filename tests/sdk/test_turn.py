@@ -96,15 +96,6 @@ def test_transfer_params_of_the_application_never_leave(world, caplog) -> None:
     assert sum("kv_transfer_params" in record.message for record in caplog.records) == 1
 
 
-def test_several_choices_are_computed_on_the_decoder(world) -> None:
-    world.turn(n=2)
-    assert world.engines_called == ["d0"]
-    assert "kv_transfer_params" not in world.engine.calls[0].body
-    assert world.record.loss == "several_choices"
-    world.turn(messages=follow_up())
-    assert world.engines_called == ["d0", "d0"]
-
-
 def test_other_routes_travel_the_same_way(world) -> None:
     def call(client, path, body):
         return client.post(path, json=body)

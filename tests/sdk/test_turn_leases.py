@@ -84,15 +84,6 @@ def test_release_and_park(world) -> None:
     assert world.run(lambda: world.conserve.park("c1"), lambda: world.conserve.apark("c1")) == 0
 
 
-def test_release_and_park_do_not_need_the_broker(make_world) -> None:
-    world = make_world(broker=InMemoryBroker(settings=BrokerSettings(placement=PAPER)))
-    world.turn()
-    world.conserve.flush()
-    world.broker.stop()
-    assert world.run(lambda: world.conserve.park("c1"), lambda: world.conserve.apark("c1")) == 0
-    assert world.run(lambda: world.conserve.release("c1"), lambda: world.conserve.arelease("c1")) == 0
-
-
 # ---- the broker fails or refuses ------------------------------------------------------------------------------
 
 QUICK = Timeouts(broker_s=0.05)
