@@ -118,7 +118,9 @@ class AsyncPerformer:
             case Discard():
                 await _aclose_opened(effect.opened)
             case Wait():
-                return await asyncio.wait_for(asyncio.wrap_future(effect.future), effect.timeout_s)
+                # Not `wait_for`: on Python 3.11 it loses a cancellation that meets the result.
+                async with asyncio.timeout(effect.timeout_s):
+                    return await asyncio.wrap_future(effect.future)
         return None
 
     async def _fetch(self, request: httpx2.Request) -> Fetched:

@@ -26,6 +26,8 @@ DOCUMENTS = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 BROKER_IN_DOCS = "http://127.0.0.1:7070"
 CONSERVE = Path(sys.executable).with_name("conserve")
+HELP_S = 80.0
+"""For one command to print its help: most of it goes into imports, which take long on a busy machine."""
 LANGUAGES_THAT_RUN = {"python", "toml", "console", "text", "bash", "json"}
 
 
@@ -95,7 +97,9 @@ def test_commands_exist(line: str, name: str) -> None:
         case "conserve":
             # `--help` behind the subcommand proves that command and options parse without running servers here.
             words = [word for word in arguments if not word.startswith("-")][:1]
-            done = subprocess.run([CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=50, check=False)
+            done = subprocess.run(
+                [CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=HELP_S, check=False
+            )
             assert done.returncode == 0, done.stderr
             for option in (word for word in arguments if word.startswith("--")):
                 assert option in _plain(done.stdout) or option in _deep_help(arguments), option
@@ -111,7 +115,7 @@ def _plain(text: str) -> str:
 
 def _deep_help(arguments: list[str]) -> str:
     words = [word for word in arguments if not word.startswith("-")][:2]
-    done = subprocess.run([CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=HELP_S, check=False)
     return _plain(done.stdout)
 
 

@@ -131,10 +131,20 @@ class EngineReply:
     def response_stream(cls, *pieces: str) -> Self:
         """A streamed answer of the responses API."""
         whole = _response("".join(pieces), [])
-        started: JsonObject = {"type": "response.created", "response": {**whole, "status": "in_progress", "output": []}}
-        place = {"item_id": "msg-1", "output_index": 0, "content_index": 0, "logprobs": []}
-        deltas: list[JsonObject] = [{"type": "response.output_text.delta", "delta": piece, **place} for piece in pieces]
-        events = [started, *deltas, {"type": "response.completed", "response": whole}]
+        (message,), (part,) = whole["output"], whole["output"][0]["content"]
+        place = {"item_id": message["id"], "output_index": 0, "content_index": 0}
+        begun: JsonObject = {**whole, "status": "in_progress", "output": []}
+        item: JsonObject = {**message, "status": "in_progress", "content": []}
+        events: list[JsonObject] = [
+            {"type": "response.created", "response": begun},
+            {"type": "response.output_item.added", "output_index": 0, "item": item},
+            {"type": "response.content_part.added", "part": {**part, "text": ""}, **place},
+            *({"type": "response.output_text.delta", "delta": piece, "logprobs": [], **place} for piece in pieces),
+            {"type": "response.output_text.done", "text": part["text"], "logprobs": [], **place},
+            {"type": "response.content_part.done", "part": part, **place},
+            {"type": "response.output_item.done", "output_index": 0, "item": message},
+            {"type": "response.completed", "response": whole},
+        ]
         lines = (_event({**event, "sequence_number": number}) for number, event in enumerate(events))
         return cls(content_type=_EVENTS, chunks=tuple(lines))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Self
@@ -30,6 +32,12 @@ _NOT_PICKLED = _WIRING | {
     "root_async_client",
 }
 _CONFIG_CONVERSATION = "conserve_config_conversation"
+_CHUNK_TIMEOUT_VARIABLE = "LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S"
+
+_WAIT_FOR_LOSES_CANCELLATIONS = sys.version_info < (3, 12)
+"""langchain-openai reads async streams by `asyncio.wait_for`, once a chunk. On Python 3.11 that loses a cancellation
+which meets a chunk: a graph whose reader left would wait for the whole answer, and the engine would compute it.
+"""
 
 
 class ConServeChat(BaseChatOpenAI):
@@ -60,6 +68,8 @@ class ConServeChat(BaseChatOpenAI):
         broker_api_key: this program's key at the broker. Default: `CONSERVE_BROKER_API_KEY`, which is also where a
             copy in another process takes it from: pickles and `dumpd` leave it out.
         conversation_id: conversation of every call of this model object; leave it out in graphs.
+        stream_chunk_timeout: as in `ChatOpenAI`, but off by default on Python 3.11, where it makes a stream that is
+            left run on; silence is bounded by `Timeouts.read_s` there.
 
     Raises:
         ConfigError: neither `broker_url`, `conserve` nor the environment names a broker (from the constructor).
@@ -81,6 +91,8 @@ class ConServeChat(BaseChatOpenAI):
         )
         # langchain-openai switches stream_usage off for any custom client; without usage nothing can be accounted.
         defaults: dict[str, Any] = {"stream_usage": True}
+        if _WAIT_FOR_LOSES_CANCELLATIONS and _CHUNK_TIMEOUT_VARIABLE not in os.environ:
+            defaults["stream_chunk_timeout"] = None
         if not {"api_key", "openai_api_key"} & set(values):
             defaults["api_key"] = "EMPTY"
         clients = clients_of(conserve)

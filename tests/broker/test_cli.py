@@ -1,6 +1,7 @@
 """The broker's commands: what they print, and their exit codes."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 from conserve_broker.cli import advise_main, broker_main, drain_main, engines_main, explain_main, undrain_main
+from conserve_broker.logbook import LOGGER_NAME
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, default_fleet
@@ -32,6 +34,17 @@ def url() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def no_broker_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CONSERVE_BROKER_URL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """`broker` logs to the standard error of its moment, which pytest closes after the test."""
+    root, logger = logging.getLogger(), logging.getLogger(LOGGER_NAME)
+    handlers, levels = root.handlers[:], (root.level, logger.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    logger.setLevel(levels[1])
 
 
 def grant(url: str) -> str:

@@ -82,15 +82,6 @@ def test_usage_at_the_end_of_a_stream(colour: Colour, named: conversation) -> No
     assert chunks[-1].usage.completion_tokens == colour.records[-1].completion_tokens > 0
 
 
-def test_raw_responses_name_the_engines(colour: Colour, named: conversation) -> None:
-    with named:
-        raw = colour.call(lambda c: c.chat.completions.with_raw_response.create(**colour.chat()))
-    assert raw.headers["x-conserve-decoder"] == colour.records[-1].decoder_id
-    assert raw.headers["x-conserve-turn"] == "1"
-    assert raw.http_request.url.host == "conserve.invalid"
-    assert raw.parse().choices[0].message.content
-
-
 def test_streaming_responses(colour: Colour, named: conversation) -> None:
     with named:
         fields = colour.chat(stream=True)
@@ -136,13 +127,6 @@ def test_a_tool_loop_is_one_time_to_the_first_effective_token(colour: Colour, na
     first, second = colour.records
     assert (first.finish_reason, first.ttfet_ms) == ("tool_calls", None)
     assert second.ttfet_ms is not None
-
-
-def test_several_choices_stay_on_one_engine(colour: Colour, named: conversation) -> None:
-    with named:
-        answer = colour.call(lambda c: c.chat.completions.create(**colour.chat(n=2)))
-    assert len(answer.choices) == 2
-    assert not colour.records[-1].migrated
 
 
 # ---- the other routes -----------------------------------------------------------------------------------------
@@ -212,47 +196,7 @@ def test_a_predecessor_is_looked_for_where_it_was_answered(colour: Colour) -> No
     assert not other.migrated
 
 
-def test_models_come_from_an_engine(colour: Colour) -> None:
-    listed = colour.call(lambda c: c.with_options(max_retries=0).models.list())
-    assert colour.stack.model in [model.id for model in listed.data]
-    assert not colour.records
-
-
-def test_embeddings_pass_through_and_errors_are_the_engines_own(colour: Colour) -> None:
-    """The emulated engines embed nothing, so that their refusal shows that one was asked."""
-    with pytest.raises(openai.NotFoundError):
-        colour.call(lambda c: c.embeddings.create(model=colour.stack.model, input="Hello."))
-    assert not colour.records
-
-
 # ---- identity -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"extra_headers": {"X-ConServe-Conversation": "named"}},
-        {"extra_headers": {"X-Session-ID": "named"}},
-        {"prompt_cache_key": "named"},
-    ],
-    ids=["header", "session header", "cache key"],
-)
-def test_a_request_may_name_its_conversation(colour: Colour, options: dict[str, Any]) -> None:
-    colour.call(lambda c: c.chat.completions.create(**colour.chat(**options)))
-    assert colour.records[-1].conversation_id == "named"
-    colour.conserve.release("named")
-
-
-def test_without_any_name_the_content_tells(colour: Colour) -> None:
-    fields = colour.chat(f"Anonymous {uuid4().hex}")
-    answer = colour.call(lambda c: c.chat.completions.create(**fields))
-    fields["messages"] += [
-        {"role": "assistant", "content": answer.choices[0].message.content},
-        {"role": "user", "content": "Go on."},
-    ]
-    colour.call(lambda c: c.chat.completions.create(**fields))
-    assert len({(record.conversation_id, record.lease_id) for record in colour.records}) == 1
-    assert [record.migrated for record in colour.records] == [True, False]
 
 
 def test_conversations_keep_apart(colour: Colour) -> None:
@@ -269,11 +213,6 @@ def test_conversations_keep_apart(colour: Colour) -> None:
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------
-
-
-def test_what_the_engine_refuses_reaches_the_application(colour: Colour, named: conversation) -> None:
-    with named, pytest.raises(openai.BadRequestError):
-        colour.call(lambda c: c.chat.completions.create(**colour.chat(max_tokens=-1)))
 
 
 def test_a_call_may_have_its_own_timeout(fresh_colour: Colour, named: conversation) -> None:

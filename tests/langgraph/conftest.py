@@ -11,7 +11,9 @@ from conserve_lab.stack import LocalStack
 from conserve_langgraph import ConServeChat
 from conserve_sdk import ConServe
 from conserve_sdk.protocol import LeaseExplanation
-from conserve_sdk.telemetry import TurnCollector
+from tests.support.agents import conserve, turns
+
+__all__ = ["conserve", "turns"]
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +21,6 @@ def stack() -> Iterator[LocalStack]:
     fleet = default_fleet(time_scale=0.0, tool_calls_min=2, tool_calls_max=4)
     with LocalStack(fleet=fleet, preset="paper") as stack:
         yield stack
-
-
-@pytest.fixture
-def turns() -> TurnCollector:
-    return TurnCollector()
-
-
-@pytest.fixture
-def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
-    """Async tests enter it once more (`async with conserve`), so that no connection outlives their event loop."""
-    with ConServe(stack.broker_url, on_turn=turns) as conserve:
-        yield conserve
 
 
 @pytest.fixture

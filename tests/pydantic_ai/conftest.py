@@ -1,26 +1,13 @@
-"""One broker in front of an emulated fleet for all tests here."""
+"""Pydantic AI's models before an emulated fleet."""
 
-from collections.abc import Callable, Iterator
-
-import httpx2
 import pytest
 
-from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
 from conserve_pydantic_ai import ConServeModel, _runs
 from conserve_sdk import ConServe
-from conserve_sdk.telemetry import TurnCollector
+from tests.support.agents import Activity, activity, conserve, stack, turns
 
-Activity = Callable[[str | None], str]
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[LocalStack]:
-    fleet = default_fleet(time_scale=0.0, tool_calls_min=2, tool_calls_max=3)
-    # Lives that outlast any delay of a busy machine: what tests look at is what the broker was told.
-    lives = {"lease": {"ttl_ms": 3_600_000, "park_ttl_ms": 1_800_000}}
-    with LocalStack(fleet=fleet, preset="paper", settings=lives) as stack:
-        yield stack
+__all__ = ["Activity", "activity", "conserve", "stack", "turns"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +16,5 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def turns() -> TurnCollector:
-    return TurnCollector()
-
-
-@pytest.fixture
-def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
-    """Async tests enter it once more (`async with conserve`), so that no connection outlives their event loop."""
-    with ConServe(stack.broker_url, on_turn=turns) as conserve:
-        yield conserve
-
-
-@pytest.fixture
 def model(stack: LocalStack, conserve: ConServe) -> ConServeModel:
     return ConServeModel(stack.model, conserve=conserve)
-
-
-@pytest.fixture
-def activity(stack: LocalStack) -> Activity:
-    """What the broker says of a lease: `busy`, `idle`, `parked`, or `gone`."""
-
-    def ask(lease_id: str | None) -> str:
-        answer = httpx2.get(f"{stack.broker_url}/v1/leases/{lease_id}/explain")
-        return "gone" if answer.status_code == 404 else str(answer.json()["activity"])
-
-    return ask

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-import warnings
-
 import pytest
 
 from conserve_lab.emulator import default_fleet
@@ -13,8 +9,10 @@ from conserve_lab.stack import LocalStack
 from conserve_sdk import ConServe, TurnCollector
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import InMemoryBroker
+from tests.support.loopback import LoopbackEngine, specs
+from tests.support.processes import fork_and_wait
 
-from .loopback import LoopbackEngine, specs
+__all__ = ["fork_and_wait"]
 
 
 @pytest.fixture(scope="package")
@@ -55,26 +53,6 @@ def front():
     yield make
     for conserve in made:
         conserve.close()
-
-
-@pytest.fixture
-def fork_and_wait():
-    """Run a function in a forked child; return its exit status, 0 when it did not raise."""
-
-    def run(child) -> int:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded process": that is the point
-            pid = os.fork()
-        if pid == 0:
-            try:
-                child()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    return run
 
 
 def at_rest(conserve: ConServe) -> None:

@@ -11,8 +11,7 @@ import pytest
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
 from conserve_sdk import ConServe, conversation
-
-from .loopback import MODEL, aeventually, eventually
+from tests.support.loopback import MODEL, aeventually, eventually
 
 MESSAGES = [{"role": "user", "content": "hello " * 400}]
 

@@ -9,8 +9,7 @@ import httpx2
 
 from conserve_sdk import conversation
 from conserve_sdk.transport import _pools
-
-from .loopback import MODEL
+from tests.support.loopback import MODEL
 
 CONNECTIONS, CANCELLED, AT_ONCE = 10, 500, 25
 STEPS_MAX = 40

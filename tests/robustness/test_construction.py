@@ -14,8 +14,7 @@ import pytest
 import conserve_sdk
 from conserve_langgraph import ConServeChat
 from conserve_sdk import conversation
-
-from .loopback import MODEL
+from tests.support.loopback import MODEL
 
 CLIENTS = 200
 MESSAGES = [{"role": "user", "content": "hello"}]

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from conserve_sdk import conversation
-
-from .loopback import MODEL
+from tests.support.loopback import MODEL
 
 EACH = 25
 TURNS = 3

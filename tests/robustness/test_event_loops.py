@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from conserve_sdk import ConServe, TurnCollector, conversation
-
-from .loopback import MODEL, eventually
+from tests.support.loopback import MODEL, eventually
 
 THREADS, LOOPS = 8, 3
 

@@ -10,8 +10,7 @@ import httpx2
 
 from conserve_sdk import ConServe, conversation
 from conserve_sdk.transport import _pools
-
-from .loopback import MODEL, eventually
+from tests.support.loopback import MODEL, eventually
 
 MESSAGES = [{"role": "user", "content": "hello " * 400}]
 CHILDREN = 4

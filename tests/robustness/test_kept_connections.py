@@ -12,8 +12,7 @@ from conserve_sdk import ConServe, conversation
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import InMemoryBroker
 from conserve_sdk.transport import _pools
-
-from .loopback import MODEL, LoopbackEngine, specs
+from tests.support.loopback import MODEL, LoopbackEngine, specs
 
 STREAMS = 5
 ASK = {

@@ -12,8 +12,7 @@ import warnings
 import pytest
 
 from conserve_sdk import ConServe, conversation
-
-from .loopback import MODEL, eventually
+from tests.support.loopback import MODEL, eventually
 
 MESSAGES = [{"role": "user", "content": "hello " * 300}]
 

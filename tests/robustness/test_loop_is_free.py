@@ -18,8 +18,7 @@ import pytest
 from conserve_sdk import ConServe, TurnCollector, conversation
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import InMemoryBroker
-
-from .loopback import MODEL, PATIENCE_S, specs
+from tests.support.loopback import MODEL, PATIENCE_S, specs
 
 TICKS = 50
 MESSAGES = [{"role": "user", "content": "hello " * 400}]

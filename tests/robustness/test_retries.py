@@ -12,8 +12,7 @@ import openai
 import pytest
 
 from conserve_sdk import ConServeError, conversation
-
-from .loopback import MODEL, LoopbackEngine, eventually
+from tests.support.loopback import MODEL, LoopbackEngine, eventually
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

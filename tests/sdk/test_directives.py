@@ -12,18 +12,11 @@ import pytest
 from conserve_sdk import Timeouts
 from conserve_sdk._turn import TurnKit
 from conserve_sdk.testing import EngineReply, ScriptedEngine, small_fleet
+from tests.support.dialogue import LONG, follow_up
 
 from .directed import REFUSAL, DirectedBroker, problem
 
-LONG = "hello " * 400
 QUICK = Timeouts(broker_s=0.05)
-
-
-def follow_up(turns: int = 1, *, answer: str = "ok", more: str = "more") -> list[dict]:
-    messages = [{"role": "user", "content": LONG}]
-    for _ in range(turns):
-        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": more}]
-    return messages
 
 
 @pytest.fixture

@@ -95,7 +95,12 @@ def test_the_other_two_apis_answer_like_vllm(talk) -> None:
     events = list(client.responses.create(model="test-model", input=prompt + "?", stream=True))
     assert [event.type for event in events] == [
         "response.created",
+        "response.output_item.added",
+        "response.content_part.added",
         *["response.output_text.delta"] * 2,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
         "response.completed",
     ]
     assert events[-1].response.output_text == "ok"

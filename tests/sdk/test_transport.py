@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
@@ -21,6 +22,7 @@ from conserve_sdk import (
     ConServe,
     ConServeTransport,
     LeaseClosed,
+    Timeouts,
     TurnCollector,
     conversation,
 )
@@ -53,19 +55,32 @@ def broker_for(urls: dict[str, str]) -> InMemoryBroker:
 
 @pytest.fixture(scope="module")
 def fleet():
-    with EmulatedFleet(default_fleet(prefillers=1, decoders=2, time_scale=0.0, tool_calls_min=1)) as running:
+    with EmulatedFleet(
+        default_fleet(prefillers=1, decoders=2, time_scale=0.0, tool_calls_min=1, kv_lease_ms=3_600_000)
+    ) as running:
         yield running
 
 
 @pytest.fixture
-def conserve(fleet):
-    for engine in fleet.engines:
-        engine.clear_requests()
-    broker = broker_for({engine.id: engine.url for engine in fleet.engines})
-    turns = TurnCollector()
-    with ConServe(broker.url, broker_transport=broker, on_turn=turns) as connected:
-        connected.turns = turns
-        yield connected
+def before(fleet):
+    """Make a `ConServe` object before the fleet."""
+    with ExitStack() as stack:
+
+        def make(**options) -> ConServe:
+            for engine in fleet.engines:
+                engine.clear_requests()
+            broker = broker_for({engine.id: engine.url for engine in fleet.engines})
+            turns = TurnCollector()
+            connected = stack.enter_context(ConServe(broker.url, broker_transport=broker, on_turn=turns, **options))
+            connected.turns = turns
+            return connected
+
+        yield make
+
+
+@pytest.fixture
+def conserve(before):
+    return before()
 
 
 def prompt(name: str) -> list[dict]:
@@ -200,7 +215,9 @@ def server():
 
 
 @pytest.fixture
-def counted(server):
+def counted(server, monkeypatch):
+    # Only for requests that follow at once are connections kept: on a busy machine nothing follows at once.
+    monkeypatch.setattr(_pools, "LIMITS", httpx2.Limits(keepalive_expiry=600.0))
     broker = broker_for({"d0": server.url})
     with ConServe(broker.url, broker_transport=broker) as connected:
         yield connected
@@ -351,8 +368,11 @@ def test_https_engines_get_verified_connections() -> None:
 # ---- many at once ---------------------------------------------------------------------------------------------
 
 
+AMPLE_S = 3_000.0
+
+
 def talk(conserve: ConServe, number: int) -> list[str]:
-    client = conserve.openai_client(max_retries=0)
+    client = conserve.openai_client(max_retries=0, timeout=AMPLE_S)
     messages = prompt(f"conv{number}")
     answers = []
     for _ in range(3):
@@ -362,7 +382,7 @@ def talk(conserve: ConServe, number: int) -> list[str]:
 
 
 async def atalk(conserve: ConServe, number: int) -> list[str]:
-    client = conserve.async_openai_client(max_retries=0)
+    client = conserve.async_openai_client(max_retries=0, timeout=AMPLE_S)
     messages = prompt(f"conv{number}")
     answers = []
     for _ in range(3):
@@ -374,7 +394,10 @@ async def atalk(conserve: ConServe, number: int) -> list[str]:
 
 
 @pytest.mark.timeout(120)
-def test_a_hundred_conversations_do_not_mix(fleet, conserve) -> None:
+def test_a_hundred_conversations_do_not_mix(fleet, before) -> None:
+    # However busy the machine is, no prefill and no transfer meets a time limit.
+    conserve = before(timeouts=Timeouts(broker_s=AMPLE_S, prefill_s=AMPLE_S, transfer_s=AMPLE_S))
+
     async def tasks() -> list[list[str]]:
         async with asyncio.TaskGroup() as group:
             started = [group.create_task(atalk(conserve, number)) for number in range(50)]
@@ -393,14 +416,13 @@ def test_a_hundred_conversations_do_not_mix(fleet, conserve) -> None:
     records = conserve.turns.records
     assert len(records) == 300
     assert {record.error for record in records} == {""}
-    # A machine that is busy enough loses a prefill to its time limit: then the decoder computes, and that is counted.
-    assert {record.loss for record in records} <= {"", "prefill_failed"}
-    assert sum(record.migrated or bool(record.loss) for record in records) == 100
+    assert {record.loss for record in records} == {""}
+    assert sum(record.migrated for record in records) == len(fleet.engine("p0").requests) == 100
+    assert len({(record.conversation_id, record.lineage) for record in records}) == 100
     per_conversation = {record.conversation_id: set() for record in records}
     for record in records:
         per_conversation[record.conversation_id].add(record.decoder_id)
     assert {len(decoders) for decoders in per_conversation.values()} == {1}
-    assert sum(record.migrated for record in records) <= len(fleet.engine("p0").requests) <= 100
 
 
 def test_nothing_but_the_given_transports_is_used() -> None:

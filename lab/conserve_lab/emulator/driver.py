@@ -119,7 +119,8 @@ class Driver:
         if expiry_us is not None:
             timeout_s = min(timeout_s, max(0.0, (expiry_us - self.clock_us()) / 1e6 + 0.001))
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` loses a cancellation that meets a wake-up (Python 3.11)
+                await self._wake.wait()
         except TimeoutError:
             return  # the next step ends the hold
 

@@ -53,13 +53,14 @@ class LoopbackEngine:
     """One engine. What it does with a request:
 
     `answer`; `503`; `close` (the connection, without a word); `hold` (no byte until the client leaves);
-    `hold_stream` (one token, then nothing until the client leaves); `drop` (one token, then the connection breaks).
+    `hold_stream` (one token, then nothing until the client leaves); `burst` (a hundred tokens at once, then the same);
+    `drop` (one token, then the connection breaks).
 
     Attributes:
         script: what to do with the next requests; `then` with all that follow.
         requests, ports: every request, every connection by its client's port.
         open: client ports of the connections that are open.
-        waiting, aborted: requests that are held; requests whose client went away while they were.
+        waiting, aborted: requests that are held; requests whose client went away while (or before) they were.
     """
 
     def __init__(self, *script: str, then: str = "answer") -> None:
@@ -114,22 +115,24 @@ class LoopbackEngine:
             case "close":
                 return False
             case "hold":
-                return await self._hold(reader)
-            case "hold_stream" | "drop":
-                _begin(writer)
+                return await self._hold(reader, writer)
+            case "hold_stream" | "burst":
+                _begin(writer, tokens=100 if what == "burst" else 1)
+                return await self._hold(reader, writer)
+            case "drop":
+                _begin(writer, tokens=1)
                 await writer.drain()
-                if what == "drop":
-                    writer.transport.abort()
-                    return False
-                return await self._hold(reader)
+                writer.transport.abort()
+                return False
             case _:
                 _write(writer, _answer(received))
         await writer.drain()
         return True
 
-    async def _hold(self, reader: asyncio.StreamReader) -> bool:
+    async def _hold(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.waiting += 1
         try:
+            await writer.drain()
             gone = await reader.read(1) == b""
         except ConnectionError:
             gone = True
@@ -193,9 +196,9 @@ def _write(writer, reply: EngineReply, headers: dict[str, str] | None = None) ->
     writer.write(b"0\r\n\r\n")
 
 
-def _begin(writer) -> None:
-    """The head and the first token of a stream."""
-    reply = EngineReply.chat_stream("x", end=False)
+def _begin(writer, *, tokens: int) -> None:
+    """The head and the first tokens of a stream."""
+    reply = EngineReply.chat_stream(*["x"] * tokens, end=False)
     _head(writer, reply, {})
     for chunk in reply.chunks:
         writer.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
