@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from conserve_lab._command import run_command, run_commands
+from conserve_lab.bench.commands import LIVE_COMMANDS
 
 __all__ = ["bench_main", "demo_main", "emulate_main", "lab_main", "simulate_main"]
 
@@ -46,8 +47,8 @@ def demo_main(argv: Sequence[str]) -> int:
 
 
 def bench_main(argv: Sequence[str]) -> int:
-    """Run `conserve bench`, `conserve bench failover` or `conserve bench sdk`."""
-    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk}
+    """Run `conserve bench`, or one of its named measurements (`conserve bench NAME`)."""
+    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk, **LIVE_COMMANDS}
     if argv and argv[0] in named:
         return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
     return run_command(_bench, argv, name="conserve bench")
