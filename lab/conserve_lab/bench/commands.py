@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,7 +116,7 @@ def _replay(
     if broker and len(policies) > 1:
         raise typer.BadParameter("a running broker has one preset: give one --policy, or --engine instead of --broker")
     with ExitStack() as stack:
-        fleet, fresh = _live_fleet(stack, engine or [], broker, local_vllm, console=console)
+        fleet, fresh = _live_fleet(stack, engine or [], broker, local_vllm, console=console, plain=False)
         chosen = choose_conversations(
             trace,
             count=conversations,
@@ -138,10 +139,67 @@ def _replay(
         return run_replay(run, fleet, json_path=json, console=console)
 
 
+def calibrate_live(
+    url: str,
+    venv: Path | None,
+    *,
+    conversations: int,
+    repetitions: int,
+    batched_tokens: int,
+    max_seqs: int,
+    cells_path: Path | None,
+    json_path: Path | None,
+) -> int:
+    """Run `conserve lab calibrate` at an engine that runs, or one that is started for it."""
+    from conserve_lab.live.calibrate_command import LiveCalibration, run_live_calibration
+    from conserve_lab.live.cells import Grid
+    from conserve_lab.replay import choose_conversations
+
+    console = _console()
+    with ExitStack() as stack:
+        fleet, _ = _live_fleet(stack, [url] if url else [], "", venv, console=console, plain=True)
+        chosen = choose_conversations(
+            "coding",
+            count=conversations,
+            turns_max=5,
+            output_tokens_max=60,
+            context_tokens_max=fleet.context_tokens_max * _CONTEXT_PERCENT // 100,
+            seed=1,
+        )
+        run = LiveCalibration(
+            grid=Grid(repetitions=repetitions).within(fleet.context_tokens_max),
+            chosen=chosen,
+            max_num_batched_tokens=batched_tokens,
+            max_num_seqs=max_seqs,
+        )
+        return run_live_calibration(run, fleet, cells_path=cells_path, json_path=json_path, console=console)
+
+
+def _emulator(
+    *,
+    streams: Annotated[
+        list[int] | None, typer.Option(min=1, max=5_000, help="Streams at once; may be repeated. Default: 25 to 400.")
+    ] = None,
+    engines: Annotated[int, typer.Option(min=1, max=64, help="Emulated engines they are spread over.")] = 4,
+    output_tokens: Annotated[int, typer.Option(min=2, max=10_000, help="Tokens of each stream.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, max=100, help="How often each row.")] = 3,
+    json: Json = None,
+) -> int:
+    """How far the emulator's times are off those of the model it emulates, and up to which load."""
+    from conserve_lab.bench.fidelity import FidelityRun, run_fidelity
+
+    counts = tuple(sorted(streams)) if streams else FidelityRun().streams
+    run = FidelityRun(streams=counts, engines=engines, output_tokens=output_tokens, repetitions=repetitions)
+    return run_fidelity(run, json_path=json, console=_console())
+
+
 def _live_fleet(
-    stack: ExitStack, named: list[str], broker: str, venv: Path | None, *, console: Console
+    stack: ExitStack, named: list[str], broker: str, venv: Path | None, *, console: Console, plain: bool
 ) -> tuple[LiveFleet, Callable[[], object]]:
-    """Return the engines, and what makes their caches cold again (nothing, where they are not ours)."""
+    """Return the engines, and what makes their caches cold again (nothing, where they are not ours).
+
+    `plain`: of vLLM one server without a connector, not a fleet.
+    """
     from conserve_lab.live.engines import NoEngines, engines_of_broker, local_vllm, named_engines
 
     try:
@@ -149,7 +207,9 @@ def _live_fleet(
             return (engines_of_broker(broker) if broker else named_engines(named)), lambda: None
     except NoEngines as problem:
         raise typer.BadParameter(str(problem)) from problem
-    started, fleet = stack.enter_context(local_vllm(venv, say=lambda line: console.print(line, style="dim")))
+    counts = {"prefillers": 0, "decoders": 0, "references": 1} if plain else {"prefillers": 1, "decoders": 2}
+    say = partial(console.print, style="dim", markup=False)
+    started, fleet = stack.enter_context(local_vllm(venv, say=say, **counts))
 
     def restart() -> None:
         for engine_id in list(started.engines):
@@ -164,4 +224,4 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-LIVE_COMMANDS: dict[str, Callable[..., int]] = {"peers": _peers, "replay": _replay}
+LIVE_COMMANDS: dict[str, Callable[..., int]] = {"emulator": _emulator, "peers": _peers, "replay": _replay}

@@ -10,7 +10,7 @@ from conserve_lab.emulator.errors import ApiError
 from conserve_lab.engine_model import EngineModel, EngineRequest, FetchStart, Progress, PromptSources
 
 _WAIT_MAX_S = 3600.0
-_CATCH_UP_MAX_US = 25_000
+_CATCH_UP_MAX_US = 100_000
 """How late a step may begin and still count as begun where the one before ended."""
 
 

@@ -60,7 +60,13 @@ async def conserve_door(
         conserve = await stack.enter_async_context(ConServe(broker_url, on_turn=[], **planner))
         client = await stack.enter_async_context(conserve.async_http_client())
         yield OpenDoor(
-            door=Door(client=client, model=fleet.model, inside=conversation, finish=conserve.arelease),
+            door=Door(
+                client=client,
+                model=fleet.model,
+                inside=conversation,
+                finish=conserve.arelease,
+                token_ids=fleet.kind != "emulated",  # emulated tokens all show text
+            ),
             settle=lambda: asyncio.to_thread(conserve.flush),
             cpu_s=lambda: {"broker": broker.cpu_s()} if broker else {},
         )

@@ -36,6 +36,7 @@ class Door:
         inside: the context of one conversation's calls.
         headers: further headers of its calls.
         finish: tells whoever must know that a conversation is over.
+        token_ids: ask for the ids of tokens, so that those are seen which show no text.
     """
 
     client: httpx2.AsyncClient
@@ -43,6 +44,7 @@ class Door:
     inside: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
     headers: Callable[[str], Mapping[str, str]] = lambda _: {}
     finish: Callable[[str], Awaitable[object]] = _nothing
+    token_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,7 @@ class Replay:
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
+            **({"return_token_ids": True} if self.door.token_ids else {}),
         }
         headers = dict(self.door.headers(seen.conversation_id))
         reader = _AnswerReader(seen)
@@ -186,7 +189,8 @@ class _AnswerReader:
             _note_usage(self._seen, usage)
         for choice in chunk["choices"]:
             self.finished = self.finished or choice["finish_reason"] is not None
-            if text := choice["delta"].get("content"):
+            text = choice["delta"].get("content") or ""
+            if text or choice.get("token_ids"):
                 self._note_token(text, now_s)
 
     def _note_token(self, text: str, now_s: float) -> None:
