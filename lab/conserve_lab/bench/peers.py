@@ -6,8 +6,8 @@ import asyncio
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,21 +124,14 @@ def _router(run: PeerRun, cache: Path) -> tuple[Path | None, str]:
         return None, str(problem)
 
 
-def _bar(console: Console, run: PeerRun, *, arms: int) -> Any:
+@contextmanager
+def _bar(console: Console, run: PeerRun, *, arms: int) -> Iterator[Callable[[], object]]:
+    """Show a bar of all turns; yields what to call after each. On a pipe nothing is shown."""
     turns = sum(len(given.turns) for given in run.chosen.conversations)
     columns = (TextColumn("turns"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("turns", total=turns * arms * run.repetitions * (2 if run.kill else 1))
-
-    class _Advancing:
-        def __enter__(self) -> Callable[[], None]:
-            bar.start()
-            return lambda: bar.advance(task)
-
-        def __exit__(self, *_exc: object) -> None:
-            bar.stop()
-
-    return _Advancing()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("turns", total=turns * arms * run.repetitions * (2 if run.kill else 1))
+        yield lambda: bar.advance(task)
 
 
 def _play(
