@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from conserve_lab._command import run_command, run_commands
+from conserve_lab.bench.commands import LIVE_COMMANDS
 
 __all__ = ["bench_main", "demo_main", "emulate_main", "lab_main", "simulate_main"]
 
@@ -46,8 +47,8 @@ def demo_main(argv: Sequence[str]) -> int:
 
 
 def bench_main(argv: Sequence[str]) -> int:
-    """Run `conserve bench`, `conserve bench failover` or `conserve bench sdk`."""
-    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk}
+    """Run `conserve bench`, or one of its named measurements (`conserve bench NAME`)."""
+    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk, **LIVE_COMMANDS}
     if argv and argv[0] in named:
         return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
     return run_command(_bench, argv, name="conserve bench")
@@ -211,17 +212,40 @@ def _paper(
 
 def _calibrate(
     *,
-    cells: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="File of measured cells.")],
+    cells: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="File of measured cells.")] = None,
     prefill_column: Annotated[str, typer.Option(help="Column with the prefill times in seconds.")] = "first_token_s",
+    engine: Annotated[str, typer.Option(help="URL of an engine to measure, instead of --cells.")] = "",
+    local_vllm: Annotated[Path | None, typer.Option(help="Start one vLLM of this environment, on the CPU.")] = None,
+    save_cells: Annotated[Path | None, typer.Option(help="Write what was measured here, for --cells.")] = None,
+    conversations: Annotated[int, typer.Option(min=1, max=1_000, help="Conversations to predict.")] = 20,
+    repetitions: Annotated[int, typer.Option(min=1, max=100, help="How often each cell is measured.")] = 5,
+    batched_tokens: Annotated[int, typer.Option(min=1, help="The engine's max_num_batched_tokens.")] = 2_048,
+    max_seqs: Annotated[int, typer.Option(min=1, help="The engine's max_num_seqs.")] = 32,
     json: Json = None,
 ) -> int:
-    """Fit the engine model to measured cells and print the error of each.
+    """Fit the engine model to measured cells and print the error of each; or measure an engine that runs.
 
+    A live engine is fitted on half of its cells, judged by the other half, and by the TTFT of replayed conversations.
     Exit code 1 when a cell is off by more than 15 %, or all are by more than 5 % on average.
     """
-    from conserve_lab.calibration.command import run_calibrate
+    if sum(map(bool, (cells, engine, local_vllm))) != 1:
+        raise typer.BadParameter("say what to fit to: --cells FILE, --engine URL, or --local-vllm VENV")
+    if cells is not None:
+        from conserve_lab.calibration.command import run_calibrate
 
-    return run_calibrate(cells, prefill_column=prefill_column, json_path=json, console=_console())
+        return run_calibrate(cells, prefill_column=prefill_column, json_path=json, console=_console())
+    from conserve_lab.bench.commands import calibrate_live
+
+    return calibrate_live(
+        engine,
+        local_vllm,
+        conversations=conversations,
+        repetitions=repetitions,
+        batched_tokens=batched_tokens,
+        max_seqs=max_seqs,
+        cells_path=save_cells,
+        json_path=json,
+    )
 
 
 def _failover(

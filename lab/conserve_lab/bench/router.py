@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 
 from conserve_lab.bench.stack_process import Addresses
+from conserve_lab.demo.cpu import process_cpu_s
 
-__all__ = ["NoRouter", "RouterProcess", "router_binary", "running_router"]
+__all__ = [
+    "NoRouter",
+    "RouterProcess",
+    "aggregated",
+    "disaggregated",
+    "router_binary",
+    "router_with",
+    "running_router",
+]
 
 PACKAGE = "vllm-router>=0.1.17"
 INSTALL_BUDGET_S = 300.0
 START_BUDGET_S = 60.0
-_FIELDS_BEFORE_TIMES = 11
 
 
 class NoRouter(Exception):  # noqa: N818 -- says what happened
@@ -36,14 +43,7 @@ class RouterProcess:
 
     def cpu_s(self) -> float:
         """CPU seconds of the router so far; 0 where the system does not tell (not Linux)."""
-        try:
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text("ascii", errors="replace")
-        except OSError:
-            return 0.0
-        fields = stat.rpartition(")")[2].split()
-        return sum(int(ticks) for ticks in fields[_FIELDS_BEFORE_TIMES : _FIELDS_BEFORE_TIMES + 2]) / os.sysconf(
-            "SC_CLK_TCK"
-        )
+        return process_cpu_s(self._process.pid) or 0.0
 
 
 def router_binary(cache: Path) -> Path:
@@ -67,9 +67,40 @@ def router_binary(cache: Path) -> Path:
     return binary
 
 
+def disaggregated(
+    prefillers: Sequence[str], decoders: Sequence[str], *, prefill_policy: str, decode_policy: str
+) -> list[str]:
+    """Return the flags of its prefill/decode mode in front of these URLs."""
+    return [
+        "--vllm-pd-disaggregation",
+        *(part for url in prefillers for part in ("--prefill", url)),
+        *(part for url in decoders for part in ("--decode", url)),
+        *["--policy", "consistent_hash", "--prefill-policy", prefill_policy, "--decode-policy", decode_policy],
+    ]
+
+
+def aggregated(urls: Sequence[str], *, policy: str) -> list[str]:
+    """Return the flags of its regular mode in front of these URLs."""
+    return ["--worker-urls", *urls, "--policy", policy]
+
+
 @contextmanager
 def running_router(binary: Path, engines: Addresses) -> Iterator[RouterProcess]:
     """Run the router in front of the engines, with the policies that keep a session on its decoder.
+
+    Raises:
+        NoRouter: it does not come up.
+    """
+    flags = disaggregated(
+        [engines.prefiller], [engines.decoder], prefill_policy="cache_aware", decode_policy="sticky_least_loaded"
+    )
+    with router_with(binary, flags) as router:
+        yield router
+
+
+@contextmanager
+def router_with(binary: Path, flags: Sequence[str]) -> Iterator[RouterProcess]:
+    """Run the router with these flags, on ports of its own.
 
     Raises:
         NoRouter: it does not come up.
@@ -78,9 +109,8 @@ def running_router(binary: Path, engines: Addresses) -> Iterator[RouterProcess]:
     command = [
         *[str(binary), "--host", "127.0.0.1", "--port", str(port)],
         *["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)],
-        *["--vllm-pd-disaggregation", "--prefill", engines.prefiller, "--decode", engines.decoder],
         *["--worker-startup-timeout-secs", "20", "--worker-startup-check-interval", "1"],
-        *["--policy", "consistent_hash", "--prefill-policy", "cache_aware", "--decode-policy", "sticky_least_loaded"],
+        *flags,
     ]
     try:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603

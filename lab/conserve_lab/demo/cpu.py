@@ -35,6 +35,17 @@ def cpu_s(native_ids: Iterable[int]) -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def process_cpu_s(pid: int) -> float | None:
+    """Return the CPU seconds that a process used so far; None where the system does not tell, or it has ended."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return sum(int(ticks) for ticks in after_name[_FIELDS_BEFORE_TIMES : _FIELDS_BEFORE_TIMES + 2]) / os.sysconf(
+        "SC_CLK_TCK"
+    )
+
+
 class LagMeter:
     """Measures how late a thread is woken that asked for a short sleep; a context manager.
 

@@ -60,6 +60,16 @@ class FleetProcess:
         yield answer
         self._ask(None, _STOP_BUDGET_S)
 
+    def kill(self, engine_id: str) -> None:
+        """Kill an engine of the running fleet, as if its process had died.
+
+        Raises:
+            FleetProcessError: the fleet has no such engine.
+        """
+        answer = self._ask(engine_id, _STOP_BUDGET_S)
+        if isinstance(answer, str):
+            raise FleetProcessError(answer)
+
     @property
     def pid(self) -> int | None:
         """The child's process id."""
@@ -79,7 +89,7 @@ class FleetProcess:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _ask(self, order: FleetConfig | None, budget_s: float) -> Any:
+    def _ask(self, order: FleetConfig | str | None, budget_s: float) -> Any:
         try:
             self._pipe.send(order)
             if not self._pipe.poll(budget_s):
@@ -87,6 +97,14 @@ class FleetProcess:
             return self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise FleetProcessError("the process of the emulated fleet ended unexpectedly") from None
+
+
+def _killed(fleet: EmulatedFleet, engine_id: str) -> str | None:
+    try:
+        fleet.kill(engine_id)
+    except KeyError as error:
+        return str(error.args[0])
+    return None
 
 
 def _serve(pipe: Connection) -> None:
@@ -98,7 +116,8 @@ def _serve(pipe: Connection) -> None:
             try:
                 with EmulatedFleet(config) as fleet:
                     pipe.send(RemoteFleet(model=fleet.engines[0].model, entries=tuple(broker_entries(fleet))))
-                    pipe.recv()
+                    while (victim := pipe.recv()) is not None:
+                        pipe.send(_killed(fleet, victim))
             except OSError as error:
                 pipe.send(str(error))
             else:

@@ -10,6 +10,8 @@ from conserve_lab.emulator.errors import ApiError
 from conserve_lab.engine_model import EngineModel, EngineRequest, FetchStart, Progress, PromptSources
 
 _WAIT_MAX_S = 3600.0
+_CATCH_UP_MAX_US = 100_000
+"""How late a step may begin and still count as begun where the one before ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,18 +99,26 @@ class Driver:
         self._wake.set()
 
     async def run(self) -> None:
-        """Step the model for ever; cancel the task to stop."""
+        """Step the model for ever; cancel the task to stop.
+
+        A step that follows another begins where that one ended by the model, not where this loop was woken: else
+        every step would be longer by what waking up and handing tokens on takes.
+        """
+        ended_us = 0
         while True:
             self._wake.clear()
-            start_us = self.clock_us()
+            now_us = self.clock_us()
+            start_us = ended_us if now_us - ended_us <= _CATCH_UP_MAX_US else now_us
             result = self.model.step(start_us)
             if result.expired:
                 self.hooks.on_expired(result.expired)
             for fetch in result.fetches:
                 self.hooks.on_fetch(fetch)
             if result.idle:
+                ended_us = 0
                 await self._sleep_until_woken()
                 continue
+            ended_us = start_us + result.duration_us if result.duration_us else 0
             await asyncio.sleep(max(0, start_us + result.duration_us - self.clock_us()) / 1e6)
             self._deliver(result.progress)
 

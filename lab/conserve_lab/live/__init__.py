@@ -1,0 +1,1 @@
+"""Runs against engines that answer over HTTP, emulated or real: replays, calibration, energy."""
