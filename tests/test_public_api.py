@@ -100,6 +100,7 @@ PUBLIC: dict[str, list[str]] = {
         "PrefillerHosts",
         "PrefixKey",
         "Receipt",
+        "JournalFollowed",
         "Recovered",
         "RefusalReason",
         "Refused",

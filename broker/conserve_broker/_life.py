@@ -31,6 +31,7 @@ from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
+from conserve_sdk.core import Broker
 from conserve_sdk.core.events import EngineObserved, EngineUnreachable
 from conserve_sdk.core.units import EngineId
 from conserve_sdk.tokens import TokenSigner
@@ -233,8 +234,11 @@ class Life:
             self._loop.call_soon_threadsafe(callback)
 
         port = self._listener.getsockname()[1]
+        settings = self._config.core_settings()
         return Replica(
             lambda: RedisStore(self._config.store),
+            new_core=lambda: Broker(settings),
+            freeze_gc=self._freeze_gc,
             url=self._config.advertised_url(port=port),
             elected=lambda journal, _: tell(journal),
             deposed=tell,

@@ -136,7 +136,8 @@ class BrokerService:
         self.clock = clock or BrokerClock()
         self.settings = settings
         self.log = log or logger()
-        self._desk = Desk(self.core, settings=settings, signer=signer, new_id=self._new_id)
+        self._signer = signer
+        self._desk = self._new_desk()
         self._engines = tuple(engines)
         self._journal = journal
         self._grace_ms = Ms(grace_ms)
@@ -164,21 +165,25 @@ class BrokerService:
         """
         recovery = await asyncio.to_thread(self._journal.load)
         engines = self._engines if more_engines is None else (*self._engines, *more_engines(recovery.engines))
+        if recovery.core is not None:
+            self.core = recovery.core
+            self._desk = self._new_desk()
+            self.clock.not_before(self.core.now_ms)
         for lease in recovery.leases:
             self.clock.not_before(lease.granted_at_ms)
         now_ms = self.clock.now_ms()
-        configured = {spec.engine_id for spec in engines}
-        gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
         with collector_paused():
-            self.feed(
-                Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
-                *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
-                *(
-                    EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
-                    for spec in engines
-                ),
-            )
-        self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
+            self.feed(Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms))
+            configured = {spec.engine_id for spec in engines}
+            gone = [engine_id for engine_id in self.core.lease_engines() if engine_id not in configured]
+            changes: list[Event] = [EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone]
+            changes += [
+                EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
+                for spec in engines
+            ]
+            if changes:
+                self.feed(*changes)
+        self.log.info("broker_recovered", leases=self.core.lease_count(), draining=list(recovery.draining))
         if self._freeze_gc:
             gc.freeze()  # without a collection: it would walk every lease, while callers wait for a new leader
             self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
@@ -191,8 +196,6 @@ class BrokerService:
             if not future.done():  # cancelled this instant: its owner has not come round to `cancel` yet
                 future.set_result(_Settled(shutting_down(), None))
         self._waiters.clear()
-        if self._freeze_gc:
-            gc.unfreeze()  # among replicas the process lives on without these leases
 
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
@@ -211,6 +214,8 @@ class BrokerService:
         self._stopping = True
         self._cancel_timers()
         self._journal.abandon()
+        if self._freeze_gc:
+            gc.unfreeze()  # among replicas the process lives on without these leases
 
     def readiness(self) -> Readiness:
         """Whether new conversations can be served, and why not."""
@@ -347,6 +352,9 @@ class BrokerService:
         gc.collect(1)
         gc.freeze()
         self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
+
+    def _new_desk(self) -> Desk:
+        return Desk(self.core, settings=self.settings, signer=self._signer, new_id=self._new_id)
 
     def _new_id(self, kind: str) -> str:
         if kind == "lease":
