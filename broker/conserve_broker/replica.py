@@ -87,6 +87,11 @@ class Replica:
         return time.monotonic() < self._valid_until_s and self._claim is not self._refused
 
     @property
+    def follows(self) -> bool:
+        """Whether this broker knows the leases, so that it could lead at once."""
+        return self._core is not None or self._valid_until_s > 0
+
+    @property
     def leader_url(self) -> str:
         """Where the leader answers; empty when there is none, or it does not say."""
         return self._leader_url
@@ -154,10 +159,10 @@ class Replica:
             with contextlib.suppress(JournalError):  # the first error is the one to report
                 self._store.release(claim)
             raise
-        self._core = None
         self._claim = claim
         rows = LeaderRows(self._connect(), claim, fenced=lambda: self._fenced(claim))
         self._valid_until_s = asked_s + self._ttl_s * _DRIFT
+        self._core = None  # the service's from now on
         self._elected(Journal(rows, recovery=recovery), claim)
         reason = self._keep(claim)
         self._valid_until_s = 0.0

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from conserve_sdk.core.events import DropReason
 from conserve_sdk.core.lease import Lease, LeaseKey
-from conserve_sdk.core.units import EngineId, LeaseId, Ms, TenantId
+from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, TenantId
 
 
 class LeaseTable:
@@ -54,9 +54,10 @@ class LeaseTable:
         """The engines that live leases name as decoder, ordered."""
         return tuple(sorted(self._by_decoder))
 
-    def of_decoder(self, engine_id: EngineId) -> tuple[Lease, ...]:
-        """Live leases on a decoder, in the order in which they went live."""
-        return tuple(self._as_spared(self._by_id[lease_id]) for lease_id in self._by_decoder.get(engine_id, ()))
+    def of_decoder(self, engine_id: EngineId, *, but_of: Incarnation | None = None) -> tuple[Lease, ...]:
+        """Live leases on a decoder, in the order in which they went live; without those of one incarnation."""
+        leases = map(self._by_id.__getitem__, self._by_decoder.get(engine_id, ()))
+        return tuple([self._as_spared(lease) for lease in leases if lease.decoder.incarnation != but_of])
 
     def count_of(self, tenant: TenantId) -> int:
         """Live leases of a tenant."""

@@ -186,16 +186,25 @@ class _Broker:
         command = [sys.executable, "-c", _SERVE, "--config", str(self._path), "--log-level", "error"]
         self._process = subprocess.Popen(command)  # noqa: S603  # this interpreter on a file of ours
         until = time.monotonic() + _BUDGET_S
-        while self.role() not in {"leader", "standby"}:
+        while not self._could_lead():
             if time.monotonic() > until:
                 raise TimeoutError(f"the broker at {self.url} never served")
             time.sleep(0.02)
 
     def role(self) -> str:
+        return str(self._readiness().get("role", ""))
+
+    def _could_lead(self) -> bool:
+        """It leads, or stands by and knows all leases."""
+        found = self._readiness()
+        return found.get("role") == "leader" or any("leads" in reason for reason in found.get("reasons", ()))
+
+    def _readiness(self) -> dict[str, Any]:
         try:
-            return str(httpx2.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).json()["role"])
+            found: dict[str, Any] = httpx2.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).json()
         except httpx2.TransportError:
-            return ""
+            return {}
+        return found
 
     def wait_for_lease(self, conversation: str) -> LeaseGrant:
         until = time.monotonic() + _BUDGET_S
