@@ -16,9 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +37,7 @@ from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName, Ms, TenantId, Tokens
 from conserve_sdk.protocol import LeaseGrant
 
-__all__ = ["run_failover"]
+__all__ = ["Failover", "measure_failover", "run_failover", "store_binary"]
 
 _BUDGET_S = 60.0
 _GROUP = 2_000
@@ -54,10 +54,50 @@ def run_failover(*, rounds: int, lock_ttl_ms: int, leases: int, json_path: Path 
         json_path: where the figures go; None: nowhere.
         console: where the table goes.
     """
-    binary = shutil.which("valkey-server") or shutil.which("redis-server")
+    binary = store_binary()
     if binary is None:
         console.print("error: neither valkey-server nor redis-server is installed; apt-get install redis-server")
         return 1
+    found = measure_failover(binary, rounds=rounds, lock_ttl_ms=lock_ttl_ms, leases=leases)
+    figures = {"lock_ttl_ms": lock_ttl_ms, "leases": leases, **asdict(found)}
+    console.print(_table(figures))
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Failover:
+    """What was measured.
+
+    Attributes:
+        killed_ms, planned_ms: from the signal to the other broker's first grant, of each run.
+        acked: leases that callers were granted before the signals.
+        acked_lost: those of them that the new leader did not know.
+        load: load average at the start.
+    """
+
+    killed_ms: list[float]
+    planned_ms: list[float]
+    acked: int = 0
+    acked_lost: int = 0
+    load: float = 0.0
+
+
+def store_binary() -> str | None:
+    """The server that replicas share; None when there is none."""
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def measure_failover(
+    binary: str, *, rounds: int, lock_ttl_ms: int, leases: int, tick: Callable[[], None] = lambda: None
+) -> Failover:
+    """Kill the leader and end it by plan, each `rounds` times; `tick` is called after each.
+
+    Raises:
+        TimeoutError: a broker did not come up, or nobody took over.
+    """
+    found = Failover(killed_ms=[], planned_ms=[], load=os.getloadavg()[0])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         store_url = stack.enter_context(_store(binary, folder))
@@ -73,13 +113,11 @@ def run_failover(*, rounds: int, lock_ttl_ms: int, leases: int, json_path: Path 
             _fill(store, model, leases)
             brokers[0].start()
         brokers[1].start()
-        figures: dict[str, Any] = {"lock_ttl_ms": lock_ttl_ms, "leases": leases, "load": os.getloadavg()[0]}
-        figures["killed_ms"] = [_switch(brokers, signal.SIGKILL) for _ in range(rounds)]
-        figures["planned_ms"] = [_switch(brokers, signal.SIGTERM) for _ in range(rounds)]
-    console.print(_table(figures))
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
+        for number, spans in ((signal.SIGKILL, found.killed_ms), (signal.SIGTERM, found.planned_ms)):
+            for _ in range(rounds):
+                spans.append(_switch(brokers, number, found))
+                tick()
+    return found
 
 
 def _table(figures: dict[str, Any]) -> Table:
@@ -96,8 +134,12 @@ def _table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _switch(brokers: list[_Broker], number: signal.Signals) -> float:
-    """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby."""
+def _switch(brokers: list[_Broker], number: signal.Signals, found: Failover) -> float:
+    """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby.
+
+    Every lease that the old leader had granted until the signal is then asked for by its id, not by its token, which
+    would bring a lost one back.
+    """
     until = time.monotonic() + _BUDGET_S
     while (leader := next((one for one in brokers if one.role() == "leader"), None)) is None:
         if time.monotonic() > until:
@@ -109,7 +151,10 @@ def _switch(brokers: list[_Broker], number: signal.Signals) -> float:
     time.sleep(0.5)  # the callers are warm, and the standby has caught up
     signalled_s = time.monotonic()
     leader.signal(number)
+    acked = callers.granted_by_the_first()
     granted_s = callers.first_grant_of_the_second(after_s=signalled_s)
+    found.acked += len(acked)
+    found.acked_lost += other.unknown(acked)
     leader.end()
     leader.start()
     return (granted_s - signalled_s) * 1000
@@ -122,9 +167,14 @@ class _Callers:
         self._urls = urls
         self._found = threading.Event()
         self._granted_s = 0.0
+        self._acked: list[str] = []
         self._threads = [threading.Thread(target=self._call, args=(number,), daemon=True) for number in range(4)]
         for thread in self._threads:
             thread.start()
+
+    def granted_by_the_first(self) -> list[str]:
+        """Ids of the leases that the first broker has granted so far."""
+        return list(self._acked)
 
     def first_grant_of_the_second(self, *, after_s: float) -> float:
         """The instant of the first lease that the second broker granted."""
@@ -142,8 +192,11 @@ class _Callers:
             while not self._found.is_set() and time.monotonic() < until:
                 number += 1
                 for url in self._urls:
-                    if _asked(http, url, f"{os.getpid()}-{id(self)}-{caller}-{number}") is None:
+                    grant = _asked(http, url, f"{os.getpid()}-{id(self)}-{caller}-{number}")
+                    if grant is None:
                         continue
+                    if url == self._urls[0]:
+                        self._acked.append(grant.lease_id)
                     if url == self._urls[1] and not self._found.is_set():
                         self._granted_s = time.monotonic()
                         self._found.set()
@@ -214,6 +267,12 @@ class _Broker:
                     raise TimeoutError(f"the broker at {self.url} grants nothing")
                 time.sleep(0.02)
         return grant
+
+    def unknown(self, lease_ids: Sequence[str]) -> int:
+        """How many of these leases this broker, leading now, does not know."""
+        with httpx2.Client(timeout=5.0, trust_env=False) as http:
+            answers = [http.get(f"{self.url}/v1/leases/{lease_id}/explain") for lease_id in lease_ids]
+        return sum(answer.status_code == httpx2.codes.NOT_FOUND for answer in answers)
 
     def signal(self, number: signal.Signals) -> None:
         if self._process is not None:
