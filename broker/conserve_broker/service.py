@@ -13,7 +13,7 @@ import gc
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -144,6 +144,7 @@ class BrokerService:
         self._observer = observer or Observer()
         self._request_numbers = itertools.count(1)
         self._waiters: dict[RequestId, asyncio.Future[_Settled]] = {}
+        self._unsent: list[Change] = []
         self._commit: asyncio.Future[None] | None = None
         self._fresh_files = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -200,6 +201,7 @@ class BrokerService:
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
         self.quiesce()
+        self._send()
         await asyncio.to_thread(self._journal.close)
 
     async def __aenter__(self) -> Self:
@@ -214,6 +216,7 @@ class BrokerService:
         self._stopping = True
         self._cancel_timers()
         self._journal.abandon()
+        self._send()  # only to learn that it is too late
         if self._freeze_gc:
             gc.unfreeze()  # among replicas the process lives on without these leases
 
@@ -300,10 +303,20 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: Sequence[Change]) -> None:
+    def _submit(self, changes: Iterable[Change]) -> None:
+        """Have the changes written; whatever else this round of the loop brings goes with them."""
+        if not self._unsent:
+            loop = asyncio.get_running_loop()
+            self._commit = loop.create_future()
+            loop.call_soon(self._send)
+        self._unsent += changes
+
+    def _send(self) -> None:
+        commit, changes = self._commit, self._unsent
+        if commit is None or not changes:
+            return
+        self._unsent = []
         started = time.perf_counter()
-        commit = asyncio.wrap_future(self._journal.submit(changes))
-        self._commit = commit
 
         def done(finished: asyncio.Future[None]) -> None:
             error = None if finished.cancelled() else finished.exception()
@@ -312,8 +325,11 @@ class BrokerService:
             elif self._journal.fresh_files != self._fresh_files:
                 self._fill_fresh_file()
             self._observer.committed(time.perf_counter() - started)
+            if not commit.done():
+                commit.set_exception(error) if error is not None else commit.set_result(None)
+                commit.exception()  # nobody need wait for it
 
-        commit.add_done_callback(done)
+        asyncio.wrap_future(self._journal.submit(changes)).add_done_callback(done)
 
     def _fill_fresh_file(self) -> None:
         """The journal goes on in a file that knows nothing of what lives: write all of it."""

@@ -59,10 +59,11 @@ class Broker:
         """
         state = self._state
         assert event.now_ms >= state.now_ms, f"time went backwards: {event.now_ms} after {state.now_ms}"
+        later = event.now_ms > state.now_ms
         state.now_ms = event.now_ms
         decisions: list[Decision] = []
         state.out = decisions
-        self._advance()
+        self._advance(time_passed=later)
         _HANDLERS[type(event)](state, event)
         _granting.admit_waiting(state)
         return decisions
@@ -156,11 +157,12 @@ class Broker:
 
     # ---- inside ----
 
-    def _advance(self) -> None:
+    def _advance(self, *, time_passed: bool) -> None:
         state = self._state
-        state.tombstones.prune(state.now_ms)
         _reporting.expire_due(state)
-        state.cool()
-        _engines.advance(state)
+        if time_passed:  # the reports of one batch have one instant
+            state.tombstones.prune(state.now_ms)
+            state.cool()
+            _engines.advance(state)
         _granting.admit_waiting(state)
         _granting.refuse_overdue(state)
