@@ -16,12 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 from rich.console import Console
@@ -37,7 +37,7 @@ from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName, Ms, TenantId, Tokens
 from conserve_sdk.protocol import LeaseGrant
 
-__all__ = ["Failover", "measure_failover", "run_failover", "store_binary"]
+__all__ = ["BrokerProcess", "Failover", "measure_failover", "run_failover", "running_store", "store_binary"]
 
 _BUDGET_S = 60.0
 _GROUP = 2_000
@@ -100,10 +100,10 @@ def measure_failover(
     found = Failover(killed_ms=[], planned_ms=[], load=os.getloadavg()[0])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        store_url = stack.enter_context(_store(binary, folder))
+        store_url = stack.enter_context(running_store(binary, folder))
         fleet = stack.enter_context(EmulatedFleet(default_fleet(prefillers=1, decoders=2, time_scale=0)))
         store = StoreTable(kind="redis", url=store_url, lock_ttl_ms=lock_ttl_ms)
-        brokers = [_Broker(folder / f"{name}.toml", fleet, store) for name in "ab"]
+        brokers = [BrokerProcess(folder / f"{name}.toml", fleet, store) for name in "ab"]
         for broker in brokers:
             stack.callback(broker.end)
         brokers[0].start()
@@ -134,7 +134,7 @@ def _table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _switch(brokers: list[_Broker], number: signal.Signals, found: Failover) -> float:
+def _switch(brokers: list[BrokerProcess], number: signal.Signals, found: Failover) -> float:
     """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby.
 
     Every lease that the old leader had granted until the signal is then asked for by its id, not by its token, which
@@ -213,10 +213,26 @@ def _asked(http: httpx2.Client, url: str, conversation: str) -> LeaseGrant | Non
     return LeaseGrant.model_validate_json(response.content) if response.is_success else None
 
 
-class _Broker:
-    """`conserve broker` as a process of its own."""
+class EngineEntries(Protocol):
+    """Engines that run somewhere."""
 
-    def __init__(self, path: Path, fleet: EmulatedFleet, store: StoreTable) -> None:
+    def broker_engines(self) -> list[dict[str, Any]]:
+        """Their entries for a broker's configuration."""
+
+
+class BrokerProcess:
+    """`conserve broker` as a process of its own.
+
+    Args:
+        path: where its configuration goes.
+        fleet: the engines.
+        store: shared with the others.
+        more: further tables of its configuration.
+    """
+
+    def __init__(
+        self, path: Path, fleet: EngineEntries, store: StoreTable, *, more: Mapping[str, Any] | None = None
+    ) -> None:
         self.url = f"http://127.0.0.1:{_free_port()}"
         self._path = path
         self._process: subprocess.Popen[bytes] | None = None
@@ -226,7 +242,8 @@ class _Broker:
             "admission": {"leases_max": 1_000_000, "leases_per_tenant_max": 1_000_000},
             "store": {"kind": "redis", "url": store.url, "lock_ttl_ms": store.lock_ttl_ms},
             "token.keys": [{"kid": "bench", "secret": "nothing here is worth a better secret"}],
-            "engine": [{**engine, "kv_capacity_tokens": 100_000_000} for engine in fleet.broker_engines()],
+            **(more or {}),
+            "engine": [{"kv_capacity_tokens": 100_000_000, **engine} for engine in fleet.broker_engines()],
         }
         lines: list[str] = []
         for name, table in tables.items():
@@ -236,6 +253,7 @@ class _Broker:
         path.write_text("\n".join(lines) + "\n")
 
     def start(self) -> None:
+        """Start it, and wait until it leads or could."""
         command = [sys.executable, "-c", _SERVE, "--config", str(self._path), "--log-level", "error"]
         self._process = subprocess.Popen(command)  # noqa: S603  # this interpreter on a file of ours
         until = time.monotonic() + _BUDGET_S
@@ -245,6 +263,7 @@ class _Broker:
             time.sleep(0.02)
 
     def role(self) -> str:
+        """`leader` or `standby`; empty while it does not answer."""
         return str(self._readiness().get("role", ""))
 
     def _could_lead(self) -> bool:
@@ -260,6 +279,7 @@ class _Broker:
         return found
 
     def wait_for_lease(self, conversation: str) -> LeaseGrant:
+        """The first lease that it grants."""
         until = time.monotonic() + _BUDGET_S
         with httpx2.Client(timeout=5.0, trust_env=False) as http:
             while (grant := _asked(http, self.url, conversation)) is None:
@@ -275,17 +295,20 @@ class _Broker:
         return sum(answer.status_code == httpx2.codes.NOT_FOUND for answer in answers)
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def end(self) -> None:
+        """End it, if it has not ended, and wait for that."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
 
 
 @contextmanager
-def _store(binary: str, folder: Path) -> Iterator[str]:
+def running_store(binary: str, folder: Path) -> Iterator[str]:
+    """A server with an append-only file in `folder`; gives its URL."""
     port = _free_port()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     process = subprocess.Popen(  # noqa: S603  # found by name on the PATH, arguments of ours
