@@ -102,6 +102,7 @@ PUBLIC: dict[str, list[str]] = {
         "PrefillerHosts",
         "PrefixKey",
         "Receipt",
+        "JournalFollowed",
         "Recovered",
         "RefusalReason",
         "Refused",

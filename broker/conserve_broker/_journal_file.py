@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x436F5376
 """`CoSv` in the header of the file says whose it is."""
 
@@ -32,6 +32,7 @@ CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE proof (block BLOB NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """,
+    2: f"PRAGMA user_version = {SCHEMA_VERSION}",  # rows of one line, which are still read
 }
 """What turns an older format into this one, by its version; older brokers then refuse the file."""
 _MOVE_AWAY = "move it away to start with an empty one"

@@ -130,20 +130,20 @@ class _Answers:
 
 async def _probe(config: BrokerConfig, transport: httpx2.AsyncBaseTransport | None) -> tuple[EngineFinding, ...]:
     timeout_s, keys = config.scrape.timeout_ms / 1000, config.engine_keys().of_file
-    async with httpx2.AsyncClient(timeout=None, trust_env=False, transport=transport) as client:
+    async with transport or httpx2.AsyncHTTPTransport(trust_env=False) as connections:
         answers = await asyncio.gather(
-            *(_ask(client, engine.url, timeout_s, Door(keys[EngineId(engine.id)])) for engine in config.engine)
+            *(_ask(connections, engine.url, timeout_s, Door(keys[EngineId(engine.id)])) for engine in config.engine)
         )
     sizes = _group_block_sizes(config.engine, answers)
     return tuple(_finding(engine, answer, sizes) for engine, answer in zip(config.engine, answers, strict=True))
 
 
-async def _ask(client: httpx2.AsyncClient, url: str, timeout_s: float, door: Door) -> _Answers | str:
+async def _ask(transport: httpx2.AsyncBaseTransport, url: str, timeout_s: float, door: Door) -> _Answers | str:
     try:
         async with asyncio.timeout(timeout_s):
-            await _engine_http.check_health(client, url, door)
-            page = await _engine_http.get_metrics(client, url, door)
-            return _Answers(_engine_http.parse(page), await _engine_http.get_models(client, url, door))
+            await _engine_http.check_health(transport, url, door)
+            page = await _engine_http.get_metrics(transport, url, door)
+            return _Answers(_engine_http.parse(page), await _engine_http.get_models(transport, url, door))
     except EngineTrouble as trouble:
         return str(trouble)
     except TimeoutError:

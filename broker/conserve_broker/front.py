@@ -20,6 +20,10 @@ class Leadership(Protocol):
         """Whether the lock is surely ours at this instant."""
 
     @property
+    def follows(self) -> bool:
+        """Whether this broker knows the leases, so that it could lead at once."""
+
+    @property
     def leader_url(self) -> str:
         """Where the leader answers; empty when unknown."""
 
@@ -87,6 +91,8 @@ class Front:
             return Readiness(reasons=("the broker is starting",), warnings=warnings)
         if leadership.failure:
             reason = f"standby, and no broker can lead: {leadership.failure}"
+        elif not leadership.follows:
+            reason = "standby: is reading the leases and cannot lead yet"
         elif leadership.leader_url:
             reason = f"standby: {leadership.leader_url} leads"
         else:

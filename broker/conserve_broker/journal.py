@@ -19,6 +19,7 @@ from typing import Protocol, Self
 
 from conserve_broker._journal_file import JournalError, JournalFile, RowStore
 from conserve_broker._lease_codec import decode, encode
+from conserve_sdk.core import Broker
 from conserve_sdk.core.events import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.units import EngineId, LeaseId
@@ -63,12 +64,17 @@ Change = LeaseStored | LeaseDropped | DrainFlag | EngineRow
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was found at the start, ordered by id."""
+    """What was found at the start, ordered by id.
+
+    Attributes:
+        engines: rows of engines that no configuration file names.
+        core: holds the leases already; a standby's, which followed the leader that wrote them.
+    """
 
     leases: tuple[Lease, ...] = ()
     draining: tuple[EngineId, ...] = ()
     engines: tuple[str, ...] = ()
-    """Rows of engines that no configuration file names."""
+    core: Broker | None = None
 
 
 class JournalPort(Protocol):

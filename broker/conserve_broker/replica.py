@@ -9,16 +9,19 @@ was paused or cut off from answering what it can no longer know.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from conserve_broker._lease_codec import decode
-from conserve_broker.clock import ResponsiveLoop
-from conserve_broker.journal import Journal, JournalError, Recovery
+from conserve_broker.clock import BrokerClock, ResponsiveLoop
+from conserve_broker.journal import Journal, JournalError, Recovery, collector_paused
 from conserve_broker.redis_store import Claim, LeaderRows, LogPosition, RedisStore
+from conserve_sdk.core import Broker
+from conserve_sdk.core.events import JournalFollowed
 from conserve_sdk.core.lease import Lease
-from conserve_sdk.core.units import EngineId
+from conserve_sdk.core.units import EngineId, LeaseId
 
 __all__ = ["Replica"]
 
@@ -34,6 +37,8 @@ class Replica:
 
     Args:
         store: makes a connection to the store; called once for the thread and once for each leadership.
+        new_core: makes an empty state machine, into which the leader's leases go as they change.
+        freeze_gc: see `BrokerService`.
         url: where this broker answers, told to clients by the others.
         elected: called in the thread with the journal of the new leadership.
         deposed: called in the thread with the reason when the lock is lost.
@@ -44,10 +49,12 @@ class Replica:
         self,
         store: Callable[[], RedisStore],
         *,
+        new_core: Callable[[], Broker],
         url: str,
         elected: Callable[[Journal, Claim], None],
         deposed: Callable[[str], None],
         loop: ResponsiveLoop,
+        freeze_gc: bool = False,
     ) -> None:
         self._connect = store
         self._store = store()
@@ -58,7 +65,10 @@ class Replica:
         settings = self._store.settings
         self._ttl_s = settings.lock_ttl_ms / 1000
         self._poll_ms = max(_POLL_MIN_MS, min(_POLL_MAX_MS, settings.lock_ttl_ms // _POLLS_PER_TTL))
-        self._table: dict[str, Lease] | None = None
+        self._new_core = new_core
+        self._freeze_gc = freeze_gc
+        self._clock = BrokerClock()  # of this thread; the service's own goes on from where the core stands
+        self._core: Broker | None = None
         self._position = LogPosition("0-0", 0)
         self._fence = 0
         self._valid_until_s = 0.0
@@ -75,6 +85,11 @@ class Replica:
     def leads(self) -> bool:
         """Whether the lock is surely ours at this instant."""
         return time.monotonic() < self._valid_until_s and self._claim is not self._refused
+
+    @property
+    def follows(self) -> bool:
+        """Whether this broker knows the leases, so that it could lead at once."""
+        return self._core is not None or self._valid_until_s > 0
 
     @property
     def leader_url(self) -> str:
@@ -114,7 +129,7 @@ class Replica:
                     self._stopping.wait(_RETRY_S)
                 except Exception as fault:  # noqa: BLE001  # a replica that gave up for good would look like a standby
                     self._failure, self._leader_url = f"the replica failed and begins anew: {fault!r}", ""
-                    self._valid_until_s, self._table = 0.0, None
+                    self._valid_until_s, self._core = 0.0, None
                     self._deposed(self._failure)
                     self._stopping.wait(1.0)
         finally:
@@ -122,7 +137,7 @@ class Replica:
             self._store.close()
 
     def _stand_by(self) -> None:
-        if self._table is None:
+        if self._core is None:
             self._read_all()
         while not self._stopping.is_set():
             if not self._loop.responds():
@@ -144,10 +159,10 @@ class Replica:
             with contextlib.suppress(JournalError):  # the first error is the one to report
                 self._store.release(claim)
             raise
-        self._table = None
         self._claim = claim
         rows = LeaderRows(self._connect(), claim, fenced=lambda: self._fenced(claim))
         self._valid_until_s = asked_s + self._ttl_s * _DRIFT
+        self._core = None  # the service's from now on
         self._elected(Journal(rows, recovery=recovery), claim)
         reason = self._keep(claim)
         self._valid_until_s = 0.0
@@ -186,7 +201,19 @@ class Replica:
 
     def _read_all(self) -> None:
         self._position = self._store.position()  # first, so that no change falls between
-        self._table = {lease_id: _decoded(row) for lease_id, row in self._store.lease_rows().items()}
+        core = self._new_core()
+        with collector_paused():
+            self._follow_rows(core, self._store.lease_rows())
+        if self._freeze_gc:
+            gc.freeze()  # or the collector would soon walk all of them, perhaps while callers wait for a leader
+        self._core = core
+
+    def _follow_rows(self, core: Broker, rows: Mapping[str, str | None]) -> None:
+        stored = tuple([_decoded(row) for row in rows.values() if row is not None])
+        dropped = tuple([LeaseId(lease_id) for lease_id, row in rows.items() if row is None])
+        for lease in stored:
+            self._clock.not_before(lease.granted_at_ms)
+        core.apply(JournalFollowed(now_ms=self._clock.now_ms(), stored=stored, dropped=dropped))
 
     def _follow(self, *, until_s: float) -> None:
         """Take over what the leader changes, until then or until it gives the lock back."""
@@ -202,12 +229,8 @@ class Replica:
             self._read_all()
             return []
         self._position, lease_ids = found
-        assert self._table is not None, "read before it is followed"
-        for lease_id, row in self._store.fetch(lease_ids).items():
-            if row is None:
-                self._table.pop(lease_id, None)
-            else:
-                self._table[lease_id] = _decoded(row)
+        assert self._core is not None, "read before it is followed"
+        self._follow_rows(self._core, self._store.fetch(lease_ids))
         return lease_ids
 
     def _catch_up(self, claim: Claim, asked_s: float) -> tuple[Recovery, float]:
@@ -220,10 +243,8 @@ class Replica:
                 break
         if self._position.seq != end.seq:  # the store lost its log, or its memory
             self._read_all()
-        assert self._table is not None, "read before it is led with"
-        leases = tuple([self._table[lease_id] for lease_id in sorted(self._table)])
         draining = tuple(EngineId(engine_id) for engine_id in self._store.draining())
-        recovery = Recovery(leases, draining, tuple(self._store.engines()))
+        recovery = Recovery((), draining, tuple(self._store.engines()), core=self._core)
         if time.monotonic() - asked_s > self._ttl_s / 3:
             asked_s = time.monotonic()
             if not self._store.renew(claim):

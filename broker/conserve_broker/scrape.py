@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -24,11 +25,13 @@ from conserve_sdk.core.units import EngineId, Incarnation, ModelName, Ms, Tokens
 
 __all__ = ["Scraper"]
 
+_KEEP_ALIVE_S = 5.0
+
 Emit = Callable[[EngineObserved | EngineUnreachable], None]
 
 
 class Scraper:
-    """Polls a changing set of engines; an async context manager that owns its HTTP client.
+    """Polls a changing set of engines; an async context manager that owns the connections.
 
     Args:
         settings: interval and timeouts.
@@ -51,9 +54,11 @@ class Scraper:
         self._emit = emit
         self._now_ms = now_ms
         self._door_of = door_of
-        # Its own timeout covers a whole poll; environment proxies have no business between broker and engines.
-        self._client = httpx2.AsyncClient(timeout=None, trust_env=False, transport=transport)
+        self._transport = transport
+        self._ssl_context: ssl.SSLContext | None = None
         self._targets: dict[EngineId, _Target] = {}
+        self._removed: list[_Target] = []
+        """Their connections are still to be closed."""
         self._group: asyncio.TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
@@ -64,7 +69,8 @@ class Scraper:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        for target in (*self._targets.values(), *self._removed):
+            await target.transport.aclose()
 
     def configure(self, engines: Sequence[EngineSpec]) -> None:
         """Poll these engines from now on; an engine whose URL is as before goes on undisturbed."""
@@ -75,10 +81,11 @@ class Scraper:
                 target.spec = engine
             else:
                 del self._targets[engine_id]
+                self._removed.append(target)
                 target.stop()
         for engine_id, engine in wanted.items():
             if engine_id not in self._targets:
-                self._targets[engine_id] = target = _Target(engine)
+                self._targets[engine_id] = target = _Target(engine, self._new_transport())
                 self._start(target)
 
     async def run(self) -> None:
@@ -97,6 +104,16 @@ class Scraper:
             for target in list(self._targets.values()):
                 group.create_task(self._poll(target))
 
+    def _new_transport(self) -> httpx2.AsyncBaseTransport:
+        """One per engine: a pool looks at all its connections whenever one of them is used."""
+        if self._transport is not None:
+            return self._transport
+        if self._ssl_context is None:
+            self._ssl_context = httpx2.create_ssl_context(trust_env=False)
+        # Environment proxies have no business between broker and engines.
+        limits = httpx2.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_S)
+        return httpx2.AsyncHTTPTransport(verify=self._ssl_context, trust_env=False, limits=limits)
+
     def _start(self, target: _Target) -> None:
         if self._group is not None:
             target.task = self._group.create_task(self._watch(target), name=f"scrape {target.spec.engine_id}")
@@ -105,11 +122,16 @@ class Scraper:
         interval_s = self._settings.interval_ms / 1000
         pause_s = random.uniform(0, interval_s)  # noqa: S311  # only the first pause: spreads the engines over the interval
         clock = asyncio.get_running_loop().time
-        while True:
-            began_s = clock()
-            await self._poll(target)
-            await asyncio.sleep(max(0.0, began_s + pause_s - clock()))
-            pause_s = interval_s
+        try:
+            while True:
+                began_s = clock()
+                await self._poll(target)
+                await asyncio.sleep(max(0.0, began_s + pause_s - clock()))
+                pause_s = interval_s
+        finally:
+            if target in self._removed:
+                self._removed.remove(target)
+                await target.transport.aclose()
 
     async def _poll(self, target: _Target) -> None:
         timeout_ms = self._settings.timeout_ms
@@ -130,16 +152,16 @@ class Scraper:
         return EngineUnreachable(now_ms=self._now_ms(), engine_id=target.spec.engine_id, detail=detail)
 
     async def _observe(self, target: _Target) -> EngineObserved:
-        url, door = target.spec.url, self._door_of(target.spec.engine_id)
-        await _engine_http.check_health(self._client, url, door)
-        page = await _engine_http.get_metrics(self._client, url, door)
+        url, transport, door = target.spec.url, target.transport, self._door_of(target.spec.engine_id)
+        await _engine_http.check_health(transport, url, door)
+        page = await _engine_http.get_metrics(transport, url, door)
         if len(page) >= _engine_http.PARSE_ELSEWHERE_BYTES:
             metrics = await asyncio.to_thread(_engine_http.parse, page)
         else:
             metrics = _engine_http.parse(page)
         incarnation = target.watch.observe(metrics)
         if target.models_are_due(incarnation, self._now_ms(), self._settings.models_interval_ms):
-            target.models = await _engine_http.get_models(self._client, url, door)
+            target.models = await _engine_http.get_models(transport, url, door)
             target.models_at_ms, target.models_of = self._now_ms(), incarnation
         return target.observed(metrics, incarnation, self._now_ms())
 
@@ -147,8 +169,9 @@ class Scraper:
 class _Target:
     """One engine under watch."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, transport: httpx2.AsyncBaseTransport) -> None:
         self.spec = spec
+        self.transport = transport
         self.watch = IncarnationWatch()
         self.models: Mapping[str, int] = {}
         self.models_at_ms: Ms | None = None

@@ -13,7 +13,7 @@ import gc
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -136,13 +136,15 @@ class BrokerService:
         self.clock = clock or BrokerClock()
         self.settings = settings
         self.log = log or logger()
-        self._desk = Desk(self.core, settings=settings, signer=signer, new_id=self._new_id)
+        self._signer = signer
+        self._desk = self._new_desk()
         self._engines = tuple(engines)
         self._journal = journal
         self._grace_ms = Ms(grace_ms)
         self._observer = observer or Observer()
         self._request_numbers = itertools.count(1)
         self._waiters: dict[RequestId, asyncio.Future[_Settled]] = {}
+        self._unsent: list[Change] = []
         self._commit: asyncio.Future[None] | None = None
         self._fresh_files = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -164,21 +166,25 @@ class BrokerService:
         """
         recovery = await asyncio.to_thread(self._journal.load)
         engines = self._engines if more_engines is None else (*self._engines, *more_engines(recovery.engines))
+        if recovery.core is not None:
+            self.core = recovery.core
+            self._desk = self._new_desk()
+            self.clock.not_before(self.core.now_ms)
         for lease in recovery.leases:
             self.clock.not_before(lease.granted_at_ms)
         now_ms = self.clock.now_ms()
-        configured = {spec.engine_id for spec in engines}
-        gone = sorted({lease.decoder.engine_id for lease in recovery.leases} - configured)
         with collector_paused():
-            self.feed(
-                Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms),
-                *(EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone),
-                *(
-                    EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
-                    for spec in engines
-                ),
-            )
-        self.log.info("broker_recovered", leases=len(recovery.leases), draining=list(recovery.draining))
+            self.feed(Recovered(now_ms=now_ms, leases=recovery.leases, grace_ms=self._grace_ms))
+            configured = {spec.engine_id for spec in engines}
+            gone = [engine_id for engine_id in self.core.lease_engines() if engine_id not in configured]
+            changes: list[Event] = [EngineRemoved(now_ms=now_ms, engine_id=engine_id) for engine_id in gone]
+            changes += [
+                EngineConfigured(now_ms=now_ms, spec=spec, draining=spec.engine_id in recovery.draining)
+                for spec in engines
+            ]
+            if changes:
+                self.feed(*changes)
+        self.log.info("broker_recovered", leases=self.core.lease_count(), draining=list(recovery.draining))
         if self._freeze_gc:
             gc.freeze()  # without a collection: it would walk every lease, while callers wait for a new leader
             self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
@@ -191,12 +197,11 @@ class BrokerService:
             if not future.done():  # cancelled this instant: its owner has not come round to `cancel` yet
                 future.set_result(_Settled(shutting_down(), None))
         self._waiters.clear()
-        if self._freeze_gc:
-            gc.unfreeze()  # among replicas the process lives on without these leases
 
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
         self.quiesce()
+        self._send()
         await asyncio.to_thread(self._journal.close)
 
     async def __aenter__(self) -> Self:
@@ -211,6 +216,9 @@ class BrokerService:
         self._stopping = True
         self._cancel_timers()
         self._journal.abandon()
+        self._send()  # only to learn that it is too late
+        if self._freeze_gc:
+            gc.unfreeze()  # among replicas the process lives on without these leases
 
     def readiness(self) -> Readiness:
         """Whether new conversations can be served, and why not."""
@@ -309,10 +317,20 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: Sequence[Change]) -> None:
+    def _submit(self, changes: Iterable[Change]) -> None:
+        """Have the changes written; whatever else this round of the loop brings goes with them."""
+        if not self._unsent:
+            loop = asyncio.get_running_loop()
+            self._commit = loop.create_future()
+            loop.call_soon(self._send)
+        self._unsent += changes
+
+    def _send(self) -> None:
+        commit, changes = self._commit, self._unsent
+        if commit is None or not changes:
+            return
+        self._unsent = []
         started = time.perf_counter()
-        commit = asyncio.wrap_future(self._journal.submit(changes))
-        self._commit = commit
 
         def done(finished: asyncio.Future[None]) -> None:
             error = None if finished.cancelled() else finished.exception()
@@ -321,8 +339,11 @@ class BrokerService:
             elif self._journal.fresh_files != self._fresh_files:
                 self._fill_fresh_file()
             self._observer.committed(time.perf_counter() - started)
+            if not commit.done():
+                commit.set_exception(error) if error is not None else commit.set_result(None)
+                commit.exception()  # nobody need wait for it
 
-        commit.add_done_callback(done)
+        asyncio.wrap_future(self._journal.submit(changes)).add_done_callback(done)
 
     def _fill_fresh_file(self) -> None:
         """The journal goes on in a file that knows nothing of what lives: write all of it."""
@@ -361,6 +382,9 @@ class BrokerService:
         gc.collect(1)
         gc.freeze()
         self._freezer = asyncio.get_running_loop().call_later(_FREEZE_EVERY_S, self._freeze)
+
+    def _new_desk(self) -> Desk:
+        return Desk(self.core, settings=self.settings, signer=self._signer, new_id=self._new_id)
 
     def _new_id(self, kind: str) -> str:
         if kind == "lease":

@@ -75,6 +75,5 @@ def _follow(state: State, changed: EngineStateChanged | None) -> None:
 
 
 def _drop_other_incarnations(state: State, engine_id: EngineId, incarnation: Incarnation) -> None:
-    for lease in state.leases.of_decoder(engine_id):
-        if lease.decoder.incarnation != incarnation:
-            state.drop(lease, DropReason.ENGINE_RESTARTED)
+    for lease in state.leases.of_decoder(engine_id, but_of=incarnation):
+        state.drop(lease, DropReason.ENGINE_RESTARTED)

@@ -7,8 +7,6 @@ it gets a last look.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from conserve_sdk.core._moving import append, re_lease
 from conserve_sdk.core._state import State
 from conserve_sdk.core.admission import Pending, Replacing
@@ -197,10 +195,12 @@ def _wanted(state: State, pending: Pending) -> Wanted:
 
 
 def _cached(state: State, pending: Pending) -> dict[EngineId, Tokens]:
-    engines = state.fleet.views_of_model(pending.key.model)
+    model = pending.key.model
     if pending.replacing is not None:
-        return state.prefixes.cached_by(pending.replacing.lease_id, engines)
-    return state.prefixes.cached(pending.key.model, pending.prefix_key, engines) if pending.prefix_key else {}
+        return state.prefixes.cached_by(pending.replacing.lease_id, state.fleet.views_of_model(model))
+    if pending.prefix_key:
+        return state.prefixes.cached(model, pending.prefix_key, state.fleet.views_of_model(model))
+    return {}
 
 
 def _over_bounds(state: State, pending: Pending) -> bool:
@@ -307,8 +307,15 @@ def _reuse(state: State, pending: Pending, lease: Lease) -> None:
     state.queue.remove(pending.request_id)
     extended = state.extend(lease)
     if extended.activity is Activity.PARKED:
-        before, extended = extended, replace(extended, activity=Activity.BUSY, activity_since_ms=state.now_ms)
-        state.update(before, extended)
+        extended = extended.after(
+            expires_at_ms=extended.expires_at_ms,
+            activity=Activity.BUSY,
+            activity_since_ms=state.now_ms,
+            ledger_tokens=lease.ledger_tokens,
+            turns=lease.turns,
+            migrations=lease.migrations,
+        )
+        state.update(lease, extended)
     state.counters.reused += 1
     state.out.append(Granted(request_id=pending.request_id, lease=extended, reused=True))
 

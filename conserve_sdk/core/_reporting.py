@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from conserve_sdk.core._granting import answer_waiting
 from conserve_sdk.core._moving import directive
 from conserve_sdk.core._state import State
 from conserve_sdk.core.events import (
     DropReason,
     EngineState,
+    JournalFollowed,
     LeaseAnswered,
     LeaseDropped,
     LeaseParked,
@@ -22,7 +21,7 @@ from conserve_sdk.core.events import (
     TurnStarted,
 )
 from conserve_sdk.core.lease import Activity, Lease, Mode
-from conserve_sdk.core.units import LeaseId, Ms, Tokens
+from conserve_sdk.core.units import FOREVER_MS, LeaseId, Ms, Tokens
 
 
 def renew(state: State, event: LeaseRenewed) -> None:
@@ -40,10 +39,12 @@ def turn_started(state: State, event: TurnStarted) -> None:
     lease = _live(state, event.lease_id)
     if lease is None:
         return
-    lease = state.extend(lease)
     ledger_tokens = Tokens(max(lease.ledger_tokens, event.input_tokens))
-    if lease.activity is not Activity.BUSY or ledger_tokens != lease.ledger_tokens:
-        lease = _change(state, lease, activity=Activity.BUSY, ledger_tokens=ledger_tokens)
+    if lease.activity is Activity.BUSY and ledger_tokens == lease.ledger_tokens:
+        lease = state.extend(lease)
+    else:
+        ends_ms = state.extended_ms(lease)
+        lease = _change(state, lease, activity=Activity.BUSY, expires_at_ms=ends_ms, ledger_tokens=ledger_tokens)
     state.answer_ok(lease, directive(state, lease))
 
 
@@ -53,7 +54,6 @@ def turn_finished(state: State, event: TurnFinished) -> None:
     if lease is None:
         return
     _learn(state, lease, event)
-    lease = state.extend(lease)
     # A lease moves its KV at most once, whatever is reported (invariant 2).
     migrations = 1 if lease.migrations or (event.migrated and lease.mode is Mode.MIGRATE) else 0
     state.counters.migrations += migrations - lease.migrations
@@ -61,6 +61,7 @@ def turn_finished(state: State, event: TurnFinished) -> None:
         state,
         lease,
         activity=Activity.IDLE if event.idle else Activity.BUSY,
+        expires_at_ms=state.extended_ms(lease),
         ledger_tokens=event.context_tokens or lease.ledger_tokens,
         turns=lease.turns + 1,
         migrations=migrations,
@@ -78,7 +79,7 @@ def park(state: State, event: LeaseParked) -> None:
     state.counters.parked += 1
     expires_at_ms = Ms(min(lease.expires_at_ms, state.expiry_ms(state.settings.park_ttl_ms)))
     if lease.activity is not Activity.PARKED or expires_at_ms < lease.expires_at_ms:
-        lease = _change(state, replace(lease, expires_at_ms=expires_at_ms), activity=Activity.PARKED)
+        lease = _change(state, lease, activity=Activity.PARKED, expires_at_ms=expires_at_ms)
     state.answer_ok(lease)
 
 
@@ -115,16 +116,44 @@ def readopt(state: State, event: LeaseReadopted) -> None:
 
 
 def recover(state: State, event: Recovered) -> None:
-    """Take the journal's leases; each lives at least through the grace."""
-    state.grace_until_ms = Ms(max(state.grace_until_ms, event.now_ms + event.grace_ms))
-    state.fleet.spare_unobserved_until(state.grace_until_ms)
-    for lease in sorted(event.leases, key=lambda lease: (-lease.epoch, lease.lease_id)):
+    """Take the journal's leases, beside those that a standby knows already; each lives at least through the grace."""
+    state.spare_until(Ms(event.now_ms + event.grace_ms))
+    for lease in sorted([*_contested(state), *event.leases], key=lambda lease: (-lease.epoch, lease.lease_id)):
         if state.leases.live_of(lease.key) is None:
-            state.enter(replace(lease, expires_at_ms=Ms(max(lease.expires_at_ms, state.grace_until_ms))))
+            state.enter(lease)
         else:
             # A journal written by two brokers: the higher epoch is the successor.
             state.out.append(LeaseDropped(lease=lease, reason=DropReason.SUPERSEDED))
     expire_due(state)
+
+
+def follow(state: State, event: JournalFollowed) -> None:
+    """Keep up with the leader: take its rows over as they are, decide nothing."""
+    state.spare_until(FOREVER_MS)
+    for lease_id in event.dropped:
+        _forget(state, lease_id)
+    for lease in event.stored:
+        _forget(state, lease.lease_id)
+        rival = state.leases.live_of(lease.key)
+        if rival is not None and (rival.epoch, lease.lease_id) >= (lease.epoch, rival.lease_id):
+            state.rivals[lease.lease_id] = lease
+            continue
+        if rival is not None:
+            # Rows are read one by one while the leader goes on, so a predecessor may still be there; not for long.
+            state.rivals[rival.lease_id] = state.leave(rival.lease_id)
+        state.enter(lease)
+
+
+def _contested(state: State) -> list[Lease]:
+    """Leases of keys for which a standby saw several; none of them is live any more."""
+    rivals, state.rivals = list(state.rivals.values()), {}
+    holders = (state.leases.live_of(key) for key in {rival.key: None for rival in rivals})
+    return rivals + [state.leave(holder.lease_id) for holder in holders if holder is not None]
+
+
+def _forget(state: State, lease_id: LeaseId) -> None:
+    if state.rivals.pop(lease_id, None) is None and state.leases.get(lease_id) is not None:
+        state.leave(lease_id)
 
 
 def expire_due(state: State) -> None:
@@ -145,13 +174,14 @@ def _change(
     lease: Lease,
     *,
     activity: Activity,
+    expires_at_ms: Ms,
     ledger_tokens: Tokens | None = None,
     turns: int | None = None,
     migrations: int | None = None,
 ) -> Lease:
     since_ms = lease.activity_since_ms if lease.activity is activity else state.now_ms
-    changed = replace(
-        lease,
+    changed = lease.after(
+        expires_at_ms=expires_at_ms,
         activity=activity,
         activity_since_ms=since_ms,
         ledger_tokens=lease.ledger_tokens if ledger_tokens is None else ledger_tokens,
@@ -194,7 +224,8 @@ def _hindrance(state: State, lease: Lease, rival: Lease | None) -> LeaseVerdict 
 
 
 def _put_back(state: State, lease: Lease) -> None:
-    lease = replace(lease, expires_at_ms=Ms(max(lease.expires_at_ms, state.grace_until_ms)))
+    if lease.expires_at_ms < state.grace_until_ms:
+        lease = lease.until(state.grace_until_ms)
     state.enter(lease)
     state.store(lease)
     state.counters.readopted += 1

@@ -6,8 +6,6 @@ journal can never disagree.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from conserve_sdk.core.admission import AdmissionQueue
 from conserve_sdk.core.estimates import TokensPerByte
 from conserve_sdk.core.events import (
@@ -49,6 +47,7 @@ class State:
         now_ms: instant of the event in hand.
         grace_until_ms: nothing expires before it.
         out: decisions of the event in hand, in order.
+        rivals: leases that a standby saw beside another one of the same key with at least their epoch.
         contexts: KV that the last turn of a live lease left on its decoder; only known ones.
         directives: leases that were told to move and have not yet.
         room_may_have_appeared: whether waiting requests deserve another try.
@@ -70,6 +69,7 @@ class State:
         self.prefixes = SharedPrefixes()
         self.figures = Figures()
         self.idleness = Idleness(idle_after_ms=settings.placement.idle_after_ms)
+        self.rivals: dict[LeaseId, Lease] = {}
         self.contexts: dict[LeaseId, Tokens] = {}
         self.directives: dict[LeaseId, MoveReason] = {}
 
@@ -78,6 +78,12 @@ class State:
     def expiry_ms(self, span_ms: Ms) -> Ms:
         """The instant this far from now, or the end of the grace if that is later (invariant 7)."""
         return Ms(max(self.now_ms + span_ms, self.grace_until_ms))
+
+    def spare_until(self, at_ms: Ms) -> None:
+        """Nothing expires before this instant (invariant 7)."""
+        self.grace_until_ms = at_ms
+        self.leases.spare_until(at_ms)
+        self.fleet.spare_unobserved_until(at_ms)
 
     def enter(self, lease: Lease) -> None:
         """A lease goes live: granted, re-adopted or recovered."""
@@ -88,6 +94,17 @@ class State:
     def store(self, lease: Lease) -> None:
         """Have the shell write the lease's row."""
         self.out.append(LeaseStored(lease=lease))
+
+    def extended_ms(self, lease: Lease) -> Ms:
+        """The end of a lease that is renewed now: a full TTL from now, never sooner than it was."""
+        return max(self.expiry_ms(lease.ttl_ms), lease.expires_at_ms)
+
+    def leave(self, lease_id: LeaseId) -> Lease:
+        """A lease is not live any more; why, and who hears of it, is the caller's. Returned as it was put in."""
+        lease = self.leases.remove(lease_id)
+        self._uncount(lease)
+        self.fleet.touch(lease.decoder.engine_id)
+        return lease
 
     def update(self, before: Lease, after: Lease) -> None:
         """A live lease changed in more than its expiry."""
@@ -101,22 +118,20 @@ class State:
 
     def extend(self, lease: Lease) -> Lease:
         """Renew: the lease lives a full TTL from now; never shorter than it did. Not journaled, grace covers it."""
-        expires_at_ms = self.expiry_ms(lease.ttl_ms)
-        if expires_at_ms <= lease.expires_at_ms:
+        expires_at_ms = self.extended_ms(lease)
+        if expires_at_ms == lease.expires_at_ms:
             return lease
-        extended = replace(lease, expires_at_ms=expires_at_ms)
+        extended = lease.until(expires_at_ms)
         self.leases.replace(extended)
         return extended
 
     def drop(self, lease: Lease, reason: DropReason) -> None:
         """A lease ends, for whatever reason."""
-        self.leases.remove(lease.lease_id)
-        self._uncount(lease)
+        self.leave(lease.lease_id)
         self.contexts.pop(lease.lease_id, None)
         self.directives.pop(lease.lease_id, None)
         self.prefixes.forget(lease.lease_id)
         self.fleet.finish_prefill(lease)
-        self.fleet.touch(lease.decoder.engine_id)
         # A token stays valid for up to two TTLs after it was signed; parking shortens the lease, not its tokens.
         keep_until_ms = Ms(max(lease.expires_at_ms, self.now_ms) + 2 * lease.ttl_ms)
         self.tombstones.bury(lease, reason, keep_until_ms=keep_until_ms)

@@ -13,7 +13,7 @@ from conserve_sdk.core.events import Decision, Event
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import LeaseId, ModelName, Ms, Ppm
+from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, Ppm
 from conserve_sdk.core.views import BrokerCounters, EngineView
 
 _HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
@@ -32,6 +32,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     events.LeaseParked: _reporting.park,
     events.LeaseReleased: _reporting.release,
     events.LeaseReadopted: _reporting.readopt,
+    events.JournalFollowed: _reporting.follow,
     events.Recovered: _reporting.recover,
     events.TimerFired: lambda _state, _event: None,
 }
@@ -58,10 +59,11 @@ class Broker:
         """
         state = self._state
         assert event.now_ms >= state.now_ms, f"time went backwards: {event.now_ms} after {state.now_ms}"
+        later = event.now_ms > state.now_ms
         state.now_ms = event.now_ms
         decisions: list[Decision] = []
         state.out = decisions
-        self._advance()
+        self._advance(time_passed=later)
         _HANDLERS[type(event)](state, event)
         _granting.admit_waiting(state)
         return decisions
@@ -79,6 +81,16 @@ class Broker:
 
     # ---- reading ----
 
+    @property
+    def settings(self) -> BrokerSettings:
+        """What it was built with."""
+        return self._state.settings
+
+    @property
+    def now_ms(self) -> Ms:
+        """The instant of the last event."""
+        return self._state.now_ms
+
     def lease(self, lease_id: LeaseId) -> Lease | None:
         """The live lease of this id."""
         return self._state.leases.get(lease_id)
@@ -90,6 +102,10 @@ class Broker:
     def leases(self) -> Iterator[Lease]:
         """All live leases, in the order in which they went live; not to be kept over an `apply`."""
         return iter(self._state.leases)
+
+    def lease_engines(self) -> tuple[EngineId, ...]:
+        """The engines that live leases name as decoder, configured or not, ordered."""
+        return self._state.leases.decoders()
 
     def lease_count(self) -> int:
         """How many leases live."""
@@ -141,11 +157,12 @@ class Broker:
 
     # ---- inside ----
 
-    def _advance(self) -> None:
+    def _advance(self, *, time_passed: bool) -> None:
         state = self._state
-        state.tombstones.prune(state.now_ms)
         _reporting.expire_due(state)
-        state.cool()
-        _engines.advance(state)
+        if time_passed:  # the reports of one batch have one instant
+            state.tombstones.prune(state.now_ms)
+            state.cool()
+            _engines.advance(state)
         _granting.admit_waiting(state)
         _granting.refuse_overdue(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.lease import Lease, LeaseKey
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import (
@@ -109,6 +110,7 @@ class DropReason(StrEnum):
 # ---- events -------------------------------------------------------------------------------------------------
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
     """An engine as configured or registered.
@@ -136,6 +138,7 @@ class EngineSpec:
     tier: str = ""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfigured:
     """An engine was added or its configuration changed. Idempotent."""
@@ -145,6 +148,7 @@ class EngineConfigured:
     draining: bool = False
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRemoved:
     """An engine left the configuration: its leases are dropped (`DropReason.ENGINE_REMOVED`)."""
@@ -153,6 +157,7 @@ class EngineRemoved:
     engine_id: EngineId
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineObserved:
     """A successful scrape of `/health`, `/v1/models` and `/metrics`.
@@ -178,6 +183,7 @@ class EngineObserved:
     prefill_busy_ms_total: Ms = Ms(0)
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineUnreachable:
     """A scrape failed, or clients reported the engine as failing."""
@@ -187,6 +193,7 @@ class EngineUnreachable:
     detail: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDrained:
     """Drain (`draining=True`) or undrain an engine: draining engines keep their leases but get no new one."""
@@ -196,6 +203,7 @@ class EngineDrained:
     draining: bool
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRequested:
     """Grant me a lease. Idempotent on the key: a live lease of that key is answered as it is.
@@ -222,6 +230,7 @@ class LeaseRequested:
     prefix_key: PrefixKey = PrefixKey("")
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupersedeRequested:
     """Replace this lease by one with `epoch + 1` (compare-and-set on `epoch`).
@@ -250,6 +259,7 @@ class SupersedeRequested:
     cached_tokens: Tokens = Tokens(0)
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestCancelled:
     """The caller of a waiting request went away."""
@@ -258,6 +268,7 @@ class RequestCancelled:
     request_id: RequestId
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRenewed:
     """Extend the lease to `now_ms + ttl_ms`."""
@@ -266,6 +277,7 @@ class LeaseRenewed:
     lease_id: LeaseId
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnStarted:
     """A turn was sent to the engines; counts as a renewal."""
@@ -275,6 +287,7 @@ class TurnStarted:
     input_tokens: Tokens
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFinished:
     """A turn ended; counts as a renewal.
@@ -303,6 +316,7 @@ class TurnFinished:
     idle: bool = True
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFailureReported:
     """A client could not use an engine its lease names (connection refused, 5xx before the first byte)."""
@@ -313,6 +327,7 @@ class EngineFailureReported:
     detail: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseParked:
     """The conversation waits for a human: shorten its TTL to the park TTL. KV is never held for a human."""
@@ -321,6 +336,7 @@ class LeaseParked:
     lease_id: LeaseId
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseReleased:
     """The conversation is over."""
@@ -329,6 +345,7 @@ class LeaseReleased:
     lease_id: LeaseId
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseReadopted:
     """A valid, unexpired token of a lease this broker does not know: put the lease back into the ledger.
@@ -341,15 +358,34 @@ class LeaseReadopted:
     lease: Lease
 
 
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalFollowed:
+    """What another broker, the leader, wrote: a standby's only events, until `Recovered` makes it lead.
+
+    Meanwhile nothing expires, because renewals are not written, and nothing is decided.
+
+    Attributes:
+        stored: rows as they are now, of new leases and of changed ones.
+        dropped: leases that ended; unknown ones are ignored.
+    """
+
+    now_ms: Ms
+    stored: tuple[Lease, ...]
+    dropped: tuple[LeaseId, ...] = ()
+
+
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
-    """First event after a restart: leases from the journal; each lives at least until `now_ms + grace_ms`."""
+    """Begin to decide, with the journal's leases and those followed; each lives at least until `now_ms + grace_ms`."""
 
     now_ms: Ms
     leases: tuple[Lease, ...]
     grace_ms: Ms
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimerFired:
     """`next_deadline_ms()` has come."""
@@ -373,6 +409,7 @@ Event = (
     | LeaseParked
     | LeaseReleased
     | LeaseReadopted
+    | JournalFollowed
     | Recovered
     | TimerFired
 )
@@ -380,6 +417,7 @@ Event = (
 # ---- decisions ----------------------------------------------------------------------------------------------
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granted:
     """Answer to a `LeaseRequested` or `SupersedeRequested`. `reused`: the lease was already live."""
@@ -389,6 +427,7 @@ class Granted:
     reused: bool
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
     """Answer to a request that cannot be admitted now. `retry_after_ms` 0: trying again will not help."""
@@ -400,6 +439,7 @@ class Refused:
     receipt: Receipt
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
     """The request is queued; `Granted` or `Refused` with its id follows from a later event."""
@@ -408,6 +448,7 @@ class Waiting:
     position: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseAnswered:
     """Answer to a renewal, report, park, release or re-adoption. `lease` is None unless the verdict is OK.
@@ -424,6 +465,7 @@ class LeaseAnswered:
     move_reason: MoveReason | None = None
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseStored:
     """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them)."""
@@ -431,6 +473,7 @@ class LeaseStored:
     lease: Lease
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseDropped:
     """The shell must delete this row."""
@@ -439,6 +482,7 @@ class LeaseDropped:
     reason: DropReason
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStateChanged:
     """For logs, metrics and the journal of drain flags."""

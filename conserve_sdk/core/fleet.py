@@ -75,6 +75,8 @@ class Fleet:
         self._engines: dict[EngineId, _Engine] = {}
         self._of_model: dict[ModelName, tuple[EngineId, ...]] = {}
         self._views: dict[EngineId, EngineView] = {}
+        self._listed: dict[ModelName, tuple[EngineView, ...]] = {}
+        """`views_of_model`, until any view changes; the decisions of one event ask for it several times."""
         self._failing: dict[EngineId, None] = {}
         self._observations = count(1)
         self._never_gone_before_ms = Ms(0)
@@ -93,7 +95,10 @@ class Fleet:
 
     def views_of_model(self, model: ModelName) -> tuple[EngineView, ...]:
         """The engines configured for a model, ordered by id."""
-        return self._views_of(self._of_model.get(model, ()))
+        views = self._listed.get(model)
+        if views is None:
+            views = self._listed[model] = self._views_of(self._of_model.get(model, ()))
+        return views
 
     def next_deadline_ms(self) -> Ms | None:
         """When a failing engine will be suspect or gone, if none answers until then."""
@@ -199,6 +204,7 @@ class Fleet:
     def touch(self, engine_id: EngineId) -> None:
         """Something an engine's view shows has changed."""
         self._views.pop(engine_id, None)
+        self._listed.clear()
 
     def dispatch_prefill(self, lease: Lease, *, tokens: Tokens, now_ms: Ms) -> None:
         """The first turn of a fresh lease is on its way to the engine that prefills it."""
@@ -277,6 +283,7 @@ class Fleet:
             model = self._engines[engine_id].spec.model
             of_model[model] = (*of_model.get(model, ()), engine_id)
         self._of_model = of_model
+        self._listed.clear()
 
     def _views_of(self, engine_ids: tuple[EngineId, ...]) -> tuple[EngineView, ...]:
         return tuple([self._views.get(engine_id) or self._fresh_view(engine_id) for engine_id in engine_ids])

@@ -35,9 +35,10 @@ class Host:
         active_tokens, leased_tokens: KV that counts against it before this lease.
         limit_tokens: most active KV under the watermark: the largest integer x with ``x * 10^6 <= OVER * capacity``.
         leased_limit_tokens: most leased KV.
-        weight_ppm: w of the load.
+        used_ppm: active KV over capacity.
         constant_ppm: load that does not come from KV.
         gated: whether it is a prefiller that prefills too much to host.
+        rules: by which it was weighed.
         verdict: see `CandidateView`.
     """
 
@@ -46,14 +47,16 @@ class Host:
     leased_tokens: int
     limit_tokens: int
     leased_limit_tokens: int
-    weight_ppm: int = 0
+    rules: PlacementSettings
+    used_ppm: int = 0
     constant_ppm: int = 0
     gated: bool = False
     verdict: str = ""
 
     def load(self, need_tokens: int) -> int:
         """Load with so many tokens more, times capacity times 10^6."""
-        kv_load = (self.active_tokens + need_tokens) * MILLION + self.weight_ppm * (self.leased_tokens + need_tokens)
+        weight_ppm = self.rules.leased_weight_ppm
+        kv_load = (self.active_tokens + need_tokens) * MILLION + weight_ppm * (self.leased_tokens + need_tokens)
         return kv_load + self.constant_ppm * self.view.kv_capacity_tokens
 
 
@@ -65,11 +68,13 @@ def hosts_of(
     rules: PlacementSettings,
 ) -> list[Host]:
     """The engines that may ever host, in their order; on one of them a lease that is to be replaced frees tokens."""
+    prefillers_too = rules.prefiller_hosts is PrefillerHosts.AUTO
     hosts = []
     for view in engines:
-        if view.spec.role is not Role.PREFILLER or rules.prefiller_hosts is PrefillerHosts.AUTO:
-            freed = freed_tokens if view.spec.engine_id == freed_engine_id else 0
-            hosts.append(host_of(view, rules, freed_tokens=freed))
+        spec = view.spec
+        if prefillers_too or spec.role is not Role.PREFILLER:
+            freed = freed_tokens if spec.engine_id == freed_engine_id else 0
+            hosts.append(_weighed(view, rules, freed) if freed else host_of(view, rules))
     return hosts
 
 
@@ -78,19 +83,20 @@ def host_verdict(
 ) -> str:
     """``"fits"``, or why the engine cannot take so many tokens now."""
     view = host.view
-    if view.spec.engine_id == failed_engine_id:
+    if failed_engine_id is not None and view.spec.engine_id == failed_engine_id:
         return "failed"
     if view.state is not EngineState.READY:
         return view.state.value
     if not view.observed_within(settings.observation_max_age_ms, now_ms=now_ms):
         return "stale"
-    if view.kv_capacity_tokens == 0:
-        return "capacity_unknown"
     return _room_verdict(host, need_tokens, settings)
 
 
 def _room_verdict(host: Host, need_tokens: int, settings: BrokerSettings) -> str:
-    if 0 < host.view.max_model_len_tokens < need_tokens - settings.placement.reserve_tokens:
+    view = host.view
+    if view.kv_capacity_tokens == 0:
+        return "capacity_unknown"
+    if 0 < view.max_model_len_tokens < need_tokens - settings.placement.reserve_tokens:
         return "prompt_too_long"
     if host.gated:
         return "prefilling"
@@ -102,12 +108,11 @@ def _room_verdict(host: Host, need_tokens: int, settings: BrokerSettings) -> str
 def lowest_load(fitting: Sequence[Host], *, need_tokens: int) -> Host:
     """The host of the lowest load after placement; the first of those."""
     best = fitting[0]
+    best_load, best_capacity = best.load(need_tokens), best.view.kv_capacity_tokens
     for host in fitting:
-        if (
-            host.load(need_tokens) * best.view.kv_capacity_tokens
-            < best.load(need_tokens) * host.view.kv_capacity_tokens
-        ):
-            best = host
+        load, capacity = host.load(need_tokens), host.view.kv_capacity_tokens
+        if load * best_capacity < best_load * capacity:
+            best, best_load, best_capacity = host, load, capacity
     return best
 
 
@@ -118,7 +123,16 @@ def gap_exceeds(one: Host, other: Host, *, need_tokens: int = 0, than_ppm: int) 
     return gap > than_ppm * one_capacity * other_capacity
 
 
-def host_of(view: EngineView, rules: PlacementSettings, *, freed_tokens: int = 0) -> Host:
+def host_of(view: EngineView, rules: PlacementSettings) -> Host:
+    """One engine as a host. Weighed once per view: of a large fleet, one grant changes two engines."""
+    host: Host | None = view.derived.get(Host)
+    if host is None or host.rules is not rules:
+        host = view.derived[Host] = _weighed(view, rules, 0)
+    host.verdict = ""  # of an earlier decision
+    return host
+
+
+def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> Host:
     """One engine as a host, without so many tokens of a lease that is to be replaced."""
     capacity = view.kv_capacity_tokens
     limit = capacity * rules.kv_watermark_ppm // MILLION
@@ -140,7 +154,8 @@ def host_of(view: EngineView, rules: PlacementSettings, *, freed_tokens: int = 0
         leased,
         min(limit, leased_limit) if view.spec.role is Role.PREFILLER else limit,
         leased_limit,
-        weight_ppm=rules.leased_weight_ppm,
+        rules,
+        used_ppm=active * MILLION // max(capacity, 1),
         constant_ppm=constant,
         gated=gated,
     )

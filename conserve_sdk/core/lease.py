@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import (
     ConversationId,
@@ -40,6 +41,7 @@ class Activity(StrEnum):
     PARKED = "parked"
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class LeaseKey:
     """Identifies the holder: one live lease per key (invariant 5)."""
@@ -50,6 +52,7 @@ class LeaseKey:
     model: ModelName
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBinding:
     """One engine as a lease names it: where it was and which incarnation it was at the grant."""
@@ -59,6 +62,7 @@ class EngineBinding:
     incarnation: Incarnation
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """One live lease. Replaced as a whole on every change, never mutated in place.
@@ -90,3 +94,46 @@ class Lease:
     activity_since_ms: Ms
     turns: int = 0
     migrations: int = 0
+
+    def until(self, expires_at_ms: Ms) -> Lease:
+        """The same lease with another end."""
+        return self.after(
+            expires_at_ms=expires_at_ms,
+            activity=self.activity,
+            activity_since_ms=self.activity_since_ms,
+            ledger_tokens=self.ledger_tokens,
+            turns=self.turns,
+            migrations=self.migrations,
+        )
+
+    def after(
+        self,
+        *,
+        expires_at_ms: Ms,
+        activity: Activity,
+        activity_since_ms: Ms,
+        ledger_tokens: Tokens,
+        turns: int,
+        migrations: int,
+    ) -> Lease:
+        """The lease after a change of anything that may change. Spelled out: `replace` takes five times as long."""
+        return Lease(
+            lease_id=self.lease_id,
+            key=self.key,
+            epoch=self.epoch,
+            mode=self.mode,
+            prefiller=self.prefiller,
+            decoder=self.decoder,
+            granted_at_ms=self.granted_at_ms,
+            ttl_ms=self.ttl_ms,
+            expires_at_ms=expires_at_ms,
+            ledger_tokens=ledger_tokens,
+            hold_ms=self.hold_ms,
+            append_threshold_tokens=self.append_threshold_tokens,
+            supersedes=self.supersedes,
+            receipt=self.receipt,
+            activity=activity,
+            activity_since_ms=activity_since_ms,
+            turns=turns,
+            migrations=migrations,
+        )

@@ -1,7 +1,9 @@
 """The live leases: by id, by key, by decoder and by expiry; and tombstones of those that ended.
 
 A lease lives while ``now_ms < expires_at_ms``; at that instant it is dead, and no renewal brings it back. Expiry
-uses a lazy heap: a renewal only replaces the lease, its old entry is moved on when it comes up.
+uses a lazy heap: a renewal only replaces the lease, its old entry is moved on when it comes up. The grace after a
+restart is one number for all leases: it is added when they are read, so that a broker with 100 000 of them need not
+touch each before its first grant.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 
 from conserve_sdk.core.events import DropReason
 from conserve_sdk.core.lease import Lease, LeaseKey
-from conserve_sdk.core.units import EngineId, LeaseId, Ms, TenantId
+from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, TenantId
 
 
 class LeaseTable:
@@ -26,25 +28,36 @@ class LeaseTable:
         self._heap: list[tuple[Ms, LeaseId]] = []
         # The one heap entry per lease that counts; others of the same lease are leftovers.
         self._due: dict[LeaseId, Ms] = {}
+        self._spared_until_ms = Ms(0)
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[Lease]:
-        return iter(self._by_id.values())
+        return map(self._as_spared, self._by_id.values())
+
+    def spare_until(self, at_ms: Ms) -> None:
+        """Every lease, those of today and of later, lives at least until then."""
+        self._spared_until_ms = at_ms
 
     def get(self, lease_id: LeaseId) -> Lease | None:
         """The live lease of this id."""
-        return self._by_id.get(lease_id)
+        lease = self._by_id.get(lease_id)
+        return lease if lease is None or lease.expires_at_ms >= self._spared_until_ms else self._as_spared(lease)
 
     def live_of(self, key: LeaseKey) -> Lease | None:
         """The live lease of this key."""
         lease_id = self._by_key.get(key)
-        return None if lease_id is None else self._by_id[lease_id]
+        return None if lease_id is None else self._as_spared(self._by_id[lease_id])
 
-    def of_decoder(self, engine_id: EngineId) -> tuple[Lease, ...]:
-        """Live leases on a decoder, in the order in which they went live."""
-        return tuple(self._by_id[lease_id] for lease_id in self._by_decoder.get(engine_id, ()))
+    def decoders(self) -> tuple[EngineId, ...]:
+        """The engines that live leases name as decoder, ordered."""
+        return tuple(sorted(self._by_decoder))
+
+    def of_decoder(self, engine_id: EngineId, *, but_of: Incarnation | None = None) -> tuple[Lease, ...]:
+        """Live leases on a decoder, in the order in which they went live; without those of one incarnation."""
+        leases = map(self._by_id.__getitem__, self._by_decoder.get(engine_id, ()))
+        return tuple([self._as_spared(lease) for lease in leases if lease.decoder.incarnation != but_of])
 
     def count_of(self, tenant: TenantId) -> int:
         """Live leases of a tenant."""
@@ -70,7 +83,7 @@ class LeaseTable:
             self._schedule(lease)
 
     def remove(self, lease_id: LeaseId) -> Lease:
-        """The lease ends."""
+        """The lease ends; returned as it was put in."""
         lease = self._by_id.pop(lease_id)
         del self._by_key[lease.key]
         del self._due[lease_id]
@@ -85,6 +98,15 @@ class LeaseTable:
 
     def next_expiry_ms(self) -> Ms | None:
         """The first instant at which a live lease will be dead, exactly."""
+        at_ms = self._first_end_ms()
+        return None if at_ms is None else max(at_ms, self._spared_until_ms)
+
+    def first_expired(self, now_ms: Ms) -> Lease | None:
+        """The live lease that died first, at or before `now_ms`; ties by id."""
+        at_ms = self.next_expiry_ms()
+        return None if at_ms is None or now_ms < at_ms else self._as_spared(self._by_id[self._heap[0][1]])
+
+    def _first_end_ms(self) -> Ms | None:
         while self._heap:
             at_ms, lease_id = self._heap[0]
             if self._due.get(lease_id) != at_ms:
@@ -97,10 +119,9 @@ class LeaseTable:
             self._due[lease_id] = expires_at_ms
         return None
 
-    def first_expired(self, now_ms: Ms) -> Lease | None:
-        """The live lease that died first, at or before `now_ms`; ties by id."""
-        at_ms = self.next_expiry_ms()
-        return None if at_ms is None or now_ms < at_ms else self._by_id[self._heap[0][1]]
+    def _as_spared(self, lease: Lease) -> Lease:
+        spared_until_ms = self._spared_until_ms
+        return lease if lease.expires_at_ms >= spared_until_ms else lease.until(spared_until_ms)
 
     def _schedule(self, lease: Lease) -> None:
         self._due[lease.lease_id] = lease.expires_at_ms

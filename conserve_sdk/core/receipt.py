@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import EngineId, Tokens
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateView:
     """One engine as placement saw it.

@@ -8,7 +8,7 @@ from conserve_sdk.core.hosting import Host
 from conserve_sdk.core.prefill import PrefillPlan
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import MILLION, EngineId, Tokens
+from conserve_sdk.core.units import EngineId, Tokens
 
 
 def receipt_of(
@@ -52,6 +52,6 @@ def _shortlist(hosts: Sequence[Host], entries_max: int) -> Sequence[Host]:
 
     def rank(host: Host) -> tuple[int, int, EngineId]:
         order = 0 if host.verdict == "chosen" else 1 if host.verdict == "fits" else 2
-        return order, host.active_tokens * MILLION // max(host.view.kv_capacity_tokens, 1), host.view.spec.engine_id
+        return order, host.used_ppm, host.view.spec.engine_id
 
     return sorted(sorted(hosts, key=rank)[:entries_max], key=lambda host: host.view.spec.engine_id)

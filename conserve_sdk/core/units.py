@@ -31,3 +31,5 @@ Ppm = NewType("Ppm", int)
 """Parts per million: how the core writes a ratio without floats (0.89 is 890_000)."""
 
 MILLION = 1_000_000
+FOREVER_MS = Ms(2**62)
+"""Later than any instant that a clock will show."""

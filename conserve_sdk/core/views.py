@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.events import EngineSpec, EngineState, MoveReason, RefusalReason, SupersedeCause
 from conserve_sdk.core.receipt import CandidateView
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Ppm, Tokens
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineView:
     """One engine as the broker sees it now. Placement reads nothing else.
@@ -58,9 +62,8 @@ class EngineView:
     rate_tokens_per_s: int = 1
     block_size_tokens: Tokens = Tokens(0)
     max_model_len_tokens: Tokens = Tokens(0)
-    _candidates: dict[tuple[str, str], CandidateView] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was made of this view alone and is the same whenever it is made; kept as long as the view."""
 
     @property
     def engine_id(self) -> EngineId:
@@ -73,7 +76,7 @@ class EngineView:
 
     def as_candidate(self, role: str, verdict: str, score_us: int = -1, uncached_tokens: int = -1) -> CandidateView:
         """Its line in a receipt. Lines without a score are shared between receipts, which keeps leases small."""
-        line = self._candidates.get((role, verdict)) if score_us < 0 else None
+        line: CandidateView | None = self.derived.get((role, verdict)) if score_us < 0 else None
         if line is None:
             line = CandidateView(
                 engine_id=self.spec.engine_id,
@@ -91,7 +94,7 @@ class EngineView:
                 uncached_tokens=uncached_tokens,
             )
             if score_us < 0:
-                self._candidates[role, verdict] = line
+                self.derived[role, verdict] = line
         return line
 
 

@@ -48,7 +48,13 @@ def demo_main(argv: Sequence[str]) -> int:
 
 def bench_main(argv: Sequence[str]) -> int:
     """Run `conserve bench`, or one of its named measurements (`conserve bench NAME`)."""
-    named: dict[str, Callable[..., int]] = {"failover": _failover, "sdk": _bench_sdk, **LIVE_COMMANDS}
+    named: dict[str, Callable[..., int]] = {
+        "broker": _bench_broker,
+        "failover": _failover,
+        "sdk": _bench_sdk,
+        "soak": _bench_soak,
+        **LIVE_COMMANDS,
+    }
     if argv and argv[0] in named:
         return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
     return run_command(_bench, argv, name="conserve bench")
@@ -259,6 +265,55 @@ def _failover(
     from conserve_lab.failover import run_failover
 
     return run_failover(rounds=rounds, lock_ttl_ms=lock_ttl_ms, leases=leases, json_path=json, console=_console())
+
+
+def _bench_broker(
+    *,
+    json: Annotated[Path, typer.Option("--json", help="Where the figures go.")] = Path("bench-broker.json"),
+    slices: Annotated[int, typer.Option(min=1, max=1_000, help="Slices of grants, and of the bare server.")] = 8,
+    slice_s: Annotated[float, typer.Option(min=0.05, max=600.0, help="Length of one.")] = 2.0,
+    connections: Annotated[int, typer.Option(min=1, max=1_000, help="Kept open by the load.")] = 32,
+    leases: Annotated[int, typer.Option(min=50, max=1_000_000, help="Live leases meanwhile.")] = 100_000,
+    million: Annotated[bool, typer.Option("--million", help="Recover and weigh a million leases, too.")] = False,
+    scrape_s: Annotated[float, typer.Option(min=0.0, max=600.0, help="Watch 64 engines so long; 0: do not.")] = 15.0,
+    failovers: Annotated[int, typer.Option(min=0, max=100, help="Kills and planned ends, each.")] = 4,
+) -> int:
+    """What grants, reports and renewals cost beside the bare server; recovery, memory, failover, scraping."""
+    from conserve_lab.bench.broker import BrokerBench, run_broker_bench
+
+    bench = BrokerBench(
+        slices=slices,
+        slice_s=slice_s,
+        connections=connections,
+        leases=leases,
+        million=million,
+        scrape_s=scrape_s,
+        failovers=failovers,
+    )
+    return run_broker_bench(bench, json_path=json, console=_console())
+
+
+def _bench_soak(
+    *,
+    json: Annotated[Path, typer.Option("--json", help="Where the figures go.")] = Path("bench-soak.json"),
+    minutes: Annotated[float, typer.Option(min=0.1, max=10_000, help="How long.")] = 10.0,
+    agents: Annotated[int, typer.Option(min=1, max=10_000, help="Agents at once.")] = 500,
+    think_s: Annotated[float, typer.Option(min=0.0, max=600.0, help="Mean pause between two turns.")] = 30.0,
+    engine_fault_s: Annotated[float, typer.Option(min=0.5, max=3_600, help="An engine dies every so often.")] = 40.0,
+    leader_kills: Annotated[int, typer.Option(min=0, max=100, help="How often the leading broker is killed.")] = 2,
+    plain: Plain = False,
+) -> int:
+    """Agents on emulated engines and replicated brokers while engines and leaders die: what is lost, wrong, leaked.
+
+    Exit code 1 when anything is.
+    """
+    from conserve_lab.bench.soak import Soak, run_soak
+
+    soak = Soak(
+        seconds=60 * minutes, agents=agents, think_s=think_s, engine_fault_s=engine_fault_s, leader_kills=leader_kills
+    )
+    console = _console()
+    return run_soak(soak, json_path=json, console=console, live=console.is_terminal and not plain)
 
 
 def _bench_sdk(

@@ -16,12 +16,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 from rich.console import Console
@@ -37,7 +37,7 @@ from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName, Ms, TenantId, Tokens
 from conserve_sdk.protocol import LeaseGrant
 
-__all__ = ["run_failover"]
+__all__ = ["BrokerProcess", "Failover", "measure_failover", "run_failover", "running_store", "store_binary"]
 
 _BUDGET_S = 60.0
 _GROUP = 2_000
@@ -54,16 +54,56 @@ def run_failover(*, rounds: int, lock_ttl_ms: int, leases: int, json_path: Path 
         json_path: where the figures go; None: nowhere.
         console: where the table goes.
     """
-    binary = shutil.which("valkey-server") or shutil.which("redis-server")
+    binary = store_binary()
     if binary is None:
         console.print("error: neither valkey-server nor redis-server is installed; apt-get install redis-server")
         return 1
+    found = measure_failover(binary, rounds=rounds, lock_ttl_ms=lock_ttl_ms, leases=leases)
+    figures = {"lock_ttl_ms": lock_ttl_ms, "leases": leases, **asdict(found)}
+    console.print(_table(figures))
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Failover:
+    """What was measured.
+
+    Attributes:
+        killed_ms, planned_ms: from the signal to the other broker's first grant, of each run.
+        acked: leases that callers were granted before the signals.
+        acked_lost: those of them that the new leader did not know.
+        load: load average at the start.
+    """
+
+    killed_ms: list[float]
+    planned_ms: list[float]
+    acked: int = 0
+    acked_lost: int = 0
+    load: float = 0.0
+
+
+def store_binary() -> str | None:
+    """The server that replicas share; None when there is none."""
+    return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def measure_failover(
+    binary: str, *, rounds: int, lock_ttl_ms: int, leases: int, tick: Callable[[], None] = lambda: None
+) -> Failover:
+    """Kill the leader and end it by plan, each `rounds` times; `tick` is called after each.
+
+    Raises:
+        TimeoutError: a broker did not come up, or nobody took over.
+    """
+    found = Failover(killed_ms=[], planned_ms=[], load=os.getloadavg()[0])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        store_url = stack.enter_context(_store(binary, folder))
+        store_url = stack.enter_context(running_store(binary, folder))
         fleet = stack.enter_context(EmulatedFleet(default_fleet(prefillers=1, decoders=2, time_scale=0)))
         store = StoreTable(kind="redis", url=store_url, lock_ttl_ms=lock_ttl_ms)
-        brokers = [_Broker(folder / f"{name}.toml", fleet, store) for name in "ab"]
+        brokers = [BrokerProcess(folder / f"{name}.toml", fleet, store) for name in "ab"]
         for broker in brokers:
             stack.callback(broker.end)
         brokers[0].start()
@@ -73,13 +113,11 @@ def run_failover(*, rounds: int, lock_ttl_ms: int, leases: int, json_path: Path 
             _fill(store, model, leases)
             brokers[0].start()
         brokers[1].start()
-        figures: dict[str, Any] = {"lock_ttl_ms": lock_ttl_ms, "leases": leases, "load": os.getloadavg()[0]}
-        figures["killed_ms"] = [_switch(brokers, signal.SIGKILL) for _ in range(rounds)]
-        figures["planned_ms"] = [_switch(brokers, signal.SIGTERM) for _ in range(rounds)]
-    console.print(_table(figures))
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
+        for number, spans in ((signal.SIGKILL, found.killed_ms), (signal.SIGTERM, found.planned_ms)):
+            for _ in range(rounds):
+                spans.append(_switch(brokers, number, found))
+                tick()
+    return found
 
 
 def _table(figures: dict[str, Any]) -> Table:
@@ -96,8 +134,12 @@ def _table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _switch(brokers: list[_Broker], number: signal.Signals) -> float:
-    """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby."""
+def _switch(brokers: list[BrokerProcess], number: signal.Signals, found: Failover) -> float:
+    """End the leader; how long until the other one grants, in milliseconds. The ended one comes back as a standby.
+
+    Every lease that the old leader had granted until the signal is then asked for by its id, not by its token, which
+    would bring a lost one back.
+    """
     until = time.monotonic() + _BUDGET_S
     while (leader := next((one for one in brokers if one.role() == "leader"), None)) is None:
         if time.monotonic() > until:
@@ -109,7 +151,10 @@ def _switch(brokers: list[_Broker], number: signal.Signals) -> float:
     time.sleep(0.5)  # the callers are warm, and the standby has caught up
     signalled_s = time.monotonic()
     leader.signal(number)
+    acked = callers.granted_by_the_first()
     granted_s = callers.first_grant_of_the_second(after_s=signalled_s)
+    found.acked += len(acked)
+    found.acked_lost += other.unknown(acked)
     leader.end()
     leader.start()
     return (granted_s - signalled_s) * 1000
@@ -122,9 +167,14 @@ class _Callers:
         self._urls = urls
         self._found = threading.Event()
         self._granted_s = 0.0
+        self._acked: list[str] = []
         self._threads = [threading.Thread(target=self._call, args=(number,), daemon=True) for number in range(4)]
         for thread in self._threads:
             thread.start()
+
+    def granted_by_the_first(self) -> list[str]:
+        """Ids of the leases that the first broker has granted so far."""
+        return list(self._acked)
 
     def first_grant_of_the_second(self, *, after_s: float) -> float:
         """The instant of the first lease that the second broker granted."""
@@ -142,8 +192,11 @@ class _Callers:
             while not self._found.is_set() and time.monotonic() < until:
                 number += 1
                 for url in self._urls:
-                    if _asked(http, url, f"{os.getpid()}-{id(self)}-{caller}-{number}") is None:
+                    grant = _asked(http, url, f"{os.getpid()}-{id(self)}-{caller}-{number}")
+                    if grant is None:
                         continue
+                    if url == self._urls[0]:
+                        self._acked.append(grant.lease_id)
                     if url == self._urls[1] and not self._found.is_set():
                         self._granted_s = time.monotonic()
                         self._found.set()
@@ -160,10 +213,26 @@ def _asked(http: httpx2.Client, url: str, conversation: str) -> LeaseGrant | Non
     return LeaseGrant.model_validate_json(response.content) if response.is_success else None
 
 
-class _Broker:
-    """`conserve broker` as a process of its own."""
+class EngineEntries(Protocol):
+    """Engines that run somewhere."""
 
-    def __init__(self, path: Path, fleet: EmulatedFleet, store: StoreTable) -> None:
+    def broker_engines(self) -> list[dict[str, Any]]:
+        """Their entries for a broker's configuration."""
+
+
+class BrokerProcess:
+    """`conserve broker` as a process of its own.
+
+    Args:
+        path: where its configuration goes.
+        fleet: the engines.
+        store: shared with the others.
+        more: further tables of its configuration.
+    """
+
+    def __init__(
+        self, path: Path, fleet: EngineEntries, store: StoreTable, *, more: Mapping[str, Any] | None = None
+    ) -> None:
         self.url = f"http://127.0.0.1:{_free_port()}"
         self._path = path
         self._process: subprocess.Popen[bytes] | None = None
@@ -173,7 +242,8 @@ class _Broker:
             "admission": {"leases_max": 1_000_000, "leases_per_tenant_max": 1_000_000},
             "store": {"kind": "redis", "url": store.url, "lock_ttl_ms": store.lock_ttl_ms},
             "token.keys": [{"kid": "bench", "secret": "nothing here is worth a better secret"}],
-            "engine": [{**engine, "kv_capacity_tokens": 100_000_000} for engine in fleet.broker_engines()],
+            **(more or {}),
+            "engine": [{"kv_capacity_tokens": 100_000_000, **engine} for engine in fleet.broker_engines()],
         }
         lines: list[str] = []
         for name, table in tables.items():
@@ -183,21 +253,33 @@ class _Broker:
         path.write_text("\n".join(lines) + "\n")
 
     def start(self) -> None:
+        """Start it, and wait until it leads or could."""
         command = [sys.executable, "-c", _SERVE, "--config", str(self._path), "--log-level", "error"]
         self._process = subprocess.Popen(command)  # noqa: S603  # this interpreter on a file of ours
         until = time.monotonic() + _BUDGET_S
-        while self.role() not in {"leader", "standby"}:
+        while not self._could_lead():
             if time.monotonic() > until:
                 raise TimeoutError(f"the broker at {self.url} never served")
             time.sleep(0.02)
 
     def role(self) -> str:
+        """`leader` or `standby`; empty while it does not answer."""
+        return str(self._readiness().get("role", ""))
+
+    def _could_lead(self) -> bool:
+        """It leads, or stands by and knows all leases."""
+        found = self._readiness()
+        return found.get("role") == "leader" or any("leads" in reason for reason in found.get("reasons", ()))
+
+    def _readiness(self) -> dict[str, Any]:
         try:
-            return str(httpx2.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).json()["role"])
+            found: dict[str, Any] = httpx2.get(f"{self.url}/readyz", timeout=5.0, trust_env=False).json()
         except httpx2.TransportError:
-            return ""
+            return {}
+        return found
 
     def wait_for_lease(self, conversation: str) -> LeaseGrant:
+        """The first lease that it grants."""
         until = time.monotonic() + _BUDGET_S
         with httpx2.Client(timeout=5.0, trust_env=False) as http:
             while (grant := _asked(http, self.url, conversation)) is None:
@@ -206,18 +288,27 @@ class _Broker:
                 time.sleep(0.02)
         return grant
 
+    def unknown(self, lease_ids: Sequence[str]) -> int:
+        """How many of these leases this broker, leading now, does not know."""
+        with httpx2.Client(timeout=5.0, trust_env=False) as http:
+            answers = [http.get(f"{self.url}/v1/leases/{lease_id}/explain") for lease_id in lease_ids]
+        return sum(answer.status_code == httpx2.codes.NOT_FOUND for answer in answers)
+
     def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def end(self) -> None:
+        """End it, if it has not ended, and wait for that."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
 
 
 @contextmanager
-def _store(binary: str, folder: Path) -> Iterator[str]:
+def running_store(binary: str, folder: Path) -> Iterator[str]:
+    """A server with an append-only file in `folder`; gives its URL."""
     port = _free_port()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     process = subprocess.Popen(  # noqa: S603  # found by name on the PATH, arguments of ours

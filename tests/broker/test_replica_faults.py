@@ -11,6 +11,7 @@ from conserve_broker.clock import ResponsiveLoop
 from conserve_broker.journal import EngineRow, Journal
 from conserve_broker.redis_store import RedisStore
 from conserve_broker.replica import Replica
+from conserve_sdk.core import Broker, BrokerSettings
 
 from .broker_process import until
 from .redis_server import NEEDS_SERVER, RedisServer
@@ -38,6 +39,7 @@ class Candidate:
         self.reasons: list[str] = []
         self.replica = Replica(
             lambda: RedisStore(settings),
+            new_core=lambda: Broker(BrokerSettings()),
             url="http://me:7070",
             elected=lambda journal, _: self.journals.append(journal),
             deposed=self.reasons.append,

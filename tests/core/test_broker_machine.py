@@ -29,6 +29,7 @@ from conserve_sdk.core import (
     EngineUnreachable,
     Event,
     Incarnation,
+    JournalFollowed,
     Lease,
     LeaseId,
     LeaseParked,
@@ -407,14 +408,26 @@ class BrokerMachine(RuleBasedStateMachine):
         self.now_ms = max(self.now_ms, self.oracle.ends.get(lease.lease_id, 0) + late_ms)
         self._apply(LeaseRenewed(now_ms=Ms(self.now_ms), lease_id=lease.lease_id))
 
-    @rule(grace_ms=st.sampled_from([0, 300, 1_500]), scraped=st.sampled_from([True, True, False]))
-    def restart(self, grace_ms: int, scraped: bool) -> None:
-        """Kill the broker and recover from what the journal holds (invariants 7 and 8)."""
+    @rule(
+        grace_ms=st.sampled_from([0, 300, 1_500]),
+        scraped=st.sampled_from([True, True, False]),
+        followed=st.sampled_from([0, 0, 1, 99]),
+    )
+    def restart(self, grace_ms: int, scraped: bool, followed: int) -> None:
+        """Kill the broker and recover from what the journal holds (invariants 7 and 8), or let a standby lead."""
         rows = tuple(self.oracle.rows.values())
         self.broker, self.twin = Broker(self.settings), Broker(self.settings)
-        event = Recovered(now_ms=Ms(self.now_ms), leases=rows, grace_ms=Ms(grace_ms))
+        event = Recovered(now_ms=Ms(self.now_ms), leases=rows[followed:], grace_ms=Ms(grace_ms))
+        if followed:
+            old = tuple(replace(row, ledger_tokens=Tokens(7)) for row in rows[:followed])
+            gone = tuple(replace(row, lease_id=LeaseId(f"{row.lease_id}-gone"), epoch=row.epoch - 1) for row in old)
+            self.broker.apply(JournalFollowed(now_ms=Ms(0), stored=(*gone, *old)))
+            dropped = tuple(row.lease_id for row in gone)
+            self.broker.apply(JournalFollowed(now_ms=Ms(self.now_ms), stored=rows[:followed], dropped=dropped))
+            for row in rows[:followed]:
+                self.twin.apply(JournalFollowed(now_ms=Ms(self.now_ms), stored=(row,)))
         decisions = self.broker.apply(event)
-        assert self.twin.apply(replace(event, leases=rows[::-1])) == decisions
+        assert self.twin.apply(replace(event, leases=rows[followed:][::-1])) == decisions
         self.oracle.restart(event, decisions)
         self._configure(FLEET)
         if scraped:
