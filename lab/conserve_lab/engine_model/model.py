@@ -53,6 +53,7 @@ class EngineModel:
         self._running: list[Sequence] = []
         self._holds: dict[str, Hold] = {}
         self._arrivals = 0
+        self._crowded = False
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -214,6 +215,8 @@ class EngineModel:
         calls again.
         """
         expired = self.expire_holds(now_us=now_us)
+        # vLLM: a long prefill that is the only request starves nobody and takes the whole budget.
+        self._crowded = self.running + self.waiting > 1
         plan: list[_Work] = []
         preemptions = self.counters.preemptions
         budget = self._plan_running(plan, self.config.max_num_batched_tokens)
@@ -383,7 +386,7 @@ class EngineModel:
         """Return how many of the sequence's pending tokens go into this step."""
         tokens = min(sequence.pending, budget)
         threshold = self.config.long_prefill_token_threshold
-        return min(tokens, threshold) if threshold else tokens
+        return min(tokens, threshold) if threshold and self._crowded else tokens
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Allocate the blocks that `tokens` more computed tokens need."""
@@ -459,14 +462,13 @@ class EngineModel:
 
     def _publish(self, sequence: Sequence, *, full: int) -> None:
         """Offer newly filled blocks to the prefix cache."""
-        keys, blocks = sequence.request.block_keys, sequence.blocks
-        publish, put = self._pool.publish, self._host.put if self.config.host_blocks else None
-        for index in range(sequence.published, min(full, len(keys)) if self.config.enable_prefix_caching else 0):
-            key = keys[index]
-            publish(blocks[index], key)
-            if put is not None:
-                put(key)
-        sequence.published = max(sequence.published, full)
+        start, end = sequence.published, min(full, len(sequence.request.block_keys))
+        if start < end and self.config.enable_prefix_caching:
+            keys = sequence.request.block_keys[start:end]
+            self._pool.publish(sequence.blocks[start:end], keys)
+            if self.config.host_blocks:
+                self._host.put(keys)
+        sequence.published = max(start, full)
 
     def check(self) -> None:
         """Assert the model's invariants: every block owned exactly as often as it is referenced.

@@ -21,7 +21,8 @@ from conserve_lab.hardware import EngineKind
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.kernel import Kernel, Timer
 
-FAR_US = 1 << 60
+LEAP_US = 1_000_000
+"""As long as a leap may be: scrapes and arrivals cut longer ones anyway, so planning them would be in vain."""
 
 
 class KvSource(Protocol):
@@ -84,7 +85,7 @@ class SimulatedEngine:
         self._kernel = kernel
         self._calls: dict[str, Call] = {}
         self._wake: Timer | None = None
-        self._leap_from_us: int | None = None
+        self._leap: tuple[int, Leap] | None = None
 
     # ---- what reaches it --------------------------------------------------------------------------------------
 
@@ -103,16 +104,13 @@ class SimulatedEngine:
 
     def settle(self) -> None:
         """Carry out what has happened by now of a leap that is under way."""
-        if self._leap_from_us is None:
+        if self._leap is None:
             return
-        started_us, self._leap_from_us = self._leap_from_us, None
+        (started_us, planned), self._leap = self._leap, None
         if self._wake is not None:
             self._wake.cancel()
-            self._wake = None
-        end_us = started_us
-        leap = self.model.plan_leap(started_us, until_us=max(self._kernel.now_us, started_us + 1))
-        if leap is not None:
-            end_us += self._carry_out(leap, started_us)
+        leap = planned.before(max(self._kernel.now_us - started_us, 1))
+        end_us = started_us + self._carry_out(leap, started_us)
         self._wake = self._kernel.at(max(end_us, self._kernel.now_us), self._run)
 
     # ---- its own clock ----------------------------------------------------------------------------------------
@@ -124,14 +122,12 @@ class SimulatedEngine:
     def _run(self) -> None:
         self._wake = None
         now_us = self._kernel.now_us
-        if self._leap_from_us is not None:
-            started_us, self._leap_from_us = self._leap_from_us, None
-            leap = self.model.plan_leap(started_us, until_us=now_us)
-            assert leap is not None, "what was planned can be carried out"
-            self._carry_out(leap, started_us)
-        leap = self.model.plan_leap(now_us, until_us=FAR_US)
+        if self._leap is not None:
+            (started_us, planned), self._leap = self._leap, None
+            self._carry_out(planned, started_us)
+        leap = self.model.plan_leap(now_us, until_us=now_us + LEAP_US)
         if leap is not None:
-            self._leap_from_us = now_us
+            self._leap = now_us, leap
             self._wake = self._kernel.at(now_us + leap.duration_us, self._run)
             return
         self._step(now_us)
