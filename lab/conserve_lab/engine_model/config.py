@@ -64,7 +64,7 @@ class StepCost:
         passed_us = 0
         while passed_us < within_us and len(durations) < steps:
             work_us = base_us + per_token_ns * context_tokens // 1000
-            duration_us = (work_us if work_us > floor_us else floor_us) + sequences_us
+            duration_us = (max(floor_us, work_us)) + sequences_us
             durations.append(duration_us)
             passed_us += duration_us
             context_tokens += decodes

@@ -97,6 +97,11 @@ class EngineModel:
         """Whether a step could compute something now or once blocks are free."""
         return bool(self._running or self._waiting or self._fetched)
 
+    @property
+    def unprefilled_tokens(self) -> int:
+        """Prompt tokens that are still to be computed here, of every request that has no token yet."""
+        return sum(sequence.pending for sequence in self._sequences.values() if not sequence.emitted)
+
     def state_of(self, request_id: str) -> SequenceState | None:
         """Return where a request is, or None when the engine no longer runs it."""
         sequence = self._sequences.get(request_id)
@@ -152,11 +157,11 @@ class EngineModel:
             self._loaded(sequence)
         elif ok:
             # The last prompt token is computed here again: the decoder makes its own first token.
-            sequence.computed = sequence.request.prompt_tokens - 1
-            sequence.external_tokens = sequence.request.prompt_tokens - sequence.local_hit_tokens
+            sequence.computed = min(sequence.pulled, sequence.request.prompt_tokens - 1)
+            sequence.external_tokens = sequence.pulled - sequence.local_hit_tokens
             sequence.state = SequenceState.FETCHED
             self.counters.external_hits += sequence.external_tokens
-            self._publish(sequence, full=sequence.request.prompt_tokens // self.config.block_size)
+            self._publish(sequence, full=sequence.pulled // self.config.block_size)
             self._fetched.append(sequence)
         else:
             self._reset(sequence)
@@ -324,8 +329,11 @@ class EngineModel:
                 sequence = self._waiting.popleft()
             else:
                 break
-            if sequence.state is SequenceState.WAITING and (sequence.request.pull or sequence.host_blocks):
-                fetches.append(self._start_fetch(sequence) if sequence.request.pull else self._start_load(sequence))
+            if sequence.state is SequenceState.WAITING and sequence.pulled > sequence.computed:
+                fetches.append(self._start_fetch(sequence))
+                continue
+            if sequence.state is SequenceState.WAITING and sequence.host_blocks:
+                fetches.append(self._start_load(sequence))
                 continue
             tokens = self._chunk(sequence, budget)
             grown = self._grow(sequence, tokens)
@@ -365,9 +373,9 @@ class EngineModel:
 
     def _start_fetch(self, sequence: Sequence) -> FetchStart:
         """Allocate the whole prompt and leave the queue until the peer's KV is here."""
-        missing = sequence.request.prompt_tokens - sequence.computed
+        missing = sequence.pulled - sequence.computed
         before = len(sequence.blocks)
-        grown = self._grow(sequence, missing)
+        grown = self._grow(sequence, sequence.request.prompt_tokens - sequence.computed)
         assert grown, "a placed request fits"
         sequence.state = SequenceState.FETCHING
         self._fetching[sequence.request.request_id] = sequence

@@ -69,7 +69,7 @@ def chosen_policies(names: Sequence[str]) -> list[Policy]:
         plain, _, chunk = name.partition("@")
         if plain not in POLICIES or (chunk and not chunk.isdigit()) or chunk == "0":
             raise WorkloadError(f"no policy {name!r}: choose from {', '.join(POLICIES)}, each also as NAME@CHUNK")
-        found.append(POLICIES[plain].with_chunk(int(chunk)) if chunk else POLICIES[plain])
+        found.append(POLICIES[plain].with_chunks(decode=int(chunk)) if chunk else POLICIES[plain])
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +28,8 @@ LEAP_US = 1_000_000
 class KvSource(Protocol):
     """Where a pulled prompt's KV lies."""
 
-    def move(self, tokens: int) -> int:
-        """Book the move of `tokens` and return the instant at which they are there."""
+    def move(self, tokens: int) -> int | None:
+        """Book the move of `tokens` and return the instant at which they are there; None when the KV is lost."""
         ...
 
     def moved(self) -> None:
@@ -46,12 +46,14 @@ class Call:
         gaps: where its times between tokens are counted.
         on_first: called with the instant of the first token and where the prompt's KV came from.
         on_done: called with the instant of the last token.
+        on_lost: called when the engine dies, or is dead already.
         started_us: when it first was in a batch.
     """
 
     request: EngineRequest
     on_first: Callable[[int, PromptSources], None]
     on_done: Callable[[int], None]
+    on_lost: Callable[[], None]
     source: KvSource | None = None
     gaps: Gaps | None = None
     started_us: int | None = None
@@ -82,6 +84,9 @@ class SimulatedEngine:
         self.host_link = TransferLink(kind.transfer)
         self.energy = Energy()
         self.moved_tokens = 0
+        self.incarnation = 1
+        self.up = True
+        self.draining = False
         self._kernel = kernel
         self._calls: dict[str, Call] = {}
         self._wake: Timer | None = None
@@ -91,6 +96,9 @@ class SimulatedEngine:
 
     def submit(self, call: Call) -> None:
         """Take a request; it has passed the front end already."""
+        if not self.up:
+            call.on_lost()
+            return
         self.settle()
         self._calls[call.request.request_id] = call
         self.model.submit(call.request)
@@ -112,6 +120,34 @@ class SimulatedEngine:
         leap = planned.before(max(self._kernel.now_us - started_us, 1))
         end_us = started_us + self._carry_out(leap, started_us)
         self._wake = self._kernel.at(max(end_us, self._kernel.now_us), self._run)
+
+    @property
+    def takes_new(self) -> bool:
+        """Whether a router that knows its state would send it something new."""
+        return self.up and not self.draining
+
+    def held_tokens(self, keys: Sequence[int]) -> int:
+        """Leading tokens of a prompt with these block keys that lie in its KV cache."""
+        return len(self.model.pool.lookup(keys)) * self.model.config.block_size
+
+    def fail(self, *, back_after_us: int) -> None:
+        """Die with everything in it; come back empty."""
+        self.settle()
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        lost = list(self._calls.values())
+        self._calls.clear()
+        self.model = EngineModel(self.model.config)
+        self.energy.prefill_us = 0
+        self.incarnation += 1
+        self.up = False
+        self._kernel.after(back_after_us, self._come_back)
+        for call in lost:
+            call.on_lost()
+
+    def _come_back(self) -> None:
+        self.up = True
 
     # ---- its own clock ----------------------------------------------------------------------------------------
 
@@ -202,17 +238,19 @@ class SimulatedEngine:
 
     def _fetch(self, fetch: FetchStart) -> None:
         source = self._calls[fetch.request_id].source
+        at_us: int | None
         if fetch.from_host:
             at_us = self.host_link.reserve(fetch.missing_tokens, now_us=self._kernel.now_us)
         else:
             assert source is not None, "a request that pulls has a source"
             at_us = source.move(fetch.missing_tokens)
-            self.moved_tokens += fetch.missing_tokens
-        self._kernel.at(at_us, lambda: self._fetched(fetch, source))
+            self.moved_tokens += 0 if at_us is None else fetch.missing_tokens
+        due_us = self._kernel.now_us if at_us is None else at_us
+        self._kernel.at(due_us, lambda: self._fetched(fetch, source, ok=at_us is not None))
 
-    def _fetched(self, fetch: FetchStart, source: KvSource | None) -> None:
+    def _fetched(self, fetch: FetchStart, source: KvSource | None, *, ok: bool) -> None:
         self.settle()
-        self.model.fetch_finished(fetch.request_id, ok=True)
+        self.model.fetch_finished(fetch.request_id, ok=ok)
         if source is not None and not fetch.from_host:
             source.moved()
         self._ensure_awake()
