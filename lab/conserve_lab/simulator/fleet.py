@@ -84,7 +84,9 @@ class Fleet:
             kv_blocks=blocks,
             max_num_seqs=SEQS_MAX,
             max_num_batched_tokens=self.policy.prefill_chunk if prefills else self.policy.decode_chunk,
-            long_prefill_token_threshold=0 if prefills else self.policy.long_prefill_tokens,
+            long_prefill_token_threshold=(
+                self.policy.prefiller_long_tokens if prefills else self.policy.long_prefill_tokens
+            ),
             enable_prefix_caching=self.policy.prefix_caching,
             host_blocks=blocks * HOST_TIMES if self.policy.host_tier else 0,
             cost=kind.cost,

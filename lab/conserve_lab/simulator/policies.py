@@ -44,6 +44,7 @@ class Policy:
         oracle: the lease reserves from the start what the conversation will hold at its end.
         prefill_chunk, decode_chunk: `max_num_batched_tokens` per role; engines that do both take `decode_chunk`.
         long_prefill_tokens: vLLM's `long_prefill_token_threshold` on decoders and engines that do both; 0: off.
+        prefiller_long_tokens: the same on prefillers.
         host_tier: KV that is evicted goes to host memory.
         prefix_caching: engines find KV of earlier requests; off as in the paper's full disaggregation.
         history_pull: a prefiller pulls from the decoder what it lacks of the history (vLLM's bidirectional transfer).
@@ -65,6 +66,7 @@ class Policy:
     prefill_chunk: int = 8192
     decode_chunk: int = 2944
     long_prefill_tokens: int = 0
+    prefiller_long_tokens: int = 0
     host_tier: bool = False
     prefix_caching: bool = True
     history_pull: bool = False
