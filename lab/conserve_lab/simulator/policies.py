@@ -196,7 +196,7 @@ POLICIES: dict[str, Policy] = {
             about="ConServe with the observed-state score and a host KV tier",
             preset="default",
             prefill_share=_QUARTER,
-            prefill_chunk=1024,
+            prefill_chunk=512,
             decode_chunk=512,
             host_tier=True,
         ),
