@@ -7,8 +7,8 @@ A host fits when both hold, with x the tokens to be admitted::
 
 Without a host tier every lease is active. The larger of ledger and scrape counts, not their sum: a lease shows in
 both, in the ledger from its grant on, in the scrape once its KV is there. On a prefiller what was dispatched to it and
-not yet prefilled is active too, and two more must hold: its prefill share is at most GATE, and leased + x stays
-PRES under the watermark.
+not yet prefilled is active too, its prefill share must be at most GATE, and OVER is less by PRES, kept free for
+prompts on their way.
 
     load = (active + x) / capacity + w * (leased + x) / capacity (+ H0 + BETA * prefill share on a prefiller)
 
@@ -135,16 +135,16 @@ def host_of(view: EngineView, rules: PlacementSettings) -> Host:
 def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> Host:
     """One engine as a host, without so many tokens of a lease that is to be replaced."""
     capacity = view.kv_capacity_tokens
-    limit = capacity * rules.kv_watermark_ppm // MILLION
+    limit = leased_limit = capacity * rules.kv_watermark_ppm // MILLION
     active: int = max(view.kv_active_tokens, view.kv_used_tokens)
     leased: int = max(view.kv_leased_tokens, view.kv_used_tokens)
-    constant, gated, leased_limit = 0, False, limit
+    constant, gated = 0, False
     if view.spec.role is Role.PREFILLER:
         active = max(view.kv_active_tokens + view.backlog_tokens, view.kv_used_tokens)
         constant = rules.host_base_load_ppm + rules.host_share_weight_ppm * view.prefill_share_ppm // MILLION
         gated = view.prefill_share_ppm > rules.host_gate_ppm
-        leased_limit = capacity * max(rules.kv_watermark_ppm - rules.host_reserve_ppm, 0) // MILLION
-    elif rules.idle_aware and view.spec.host_tier_tokens:
+        limit = leased_limit = capacity * max(rules.kv_watermark_ppm - rules.host_reserve_ppm, 0) // MILLION
+    if rules.idle_aware and view.spec.host_tier_tokens:
         leased_limit = min(capacity * rules.oversubscription_ppm // MILLION, capacity + view.spec.host_tier_tokens)
     if freed_tokens:
         active, leased = max(active - freed_tokens, 0), max(leased - freed_tokens, 0)
@@ -152,7 +152,7 @@ def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> H
         view,
         active,
         leased,
-        min(limit, leased_limit) if view.spec.role is Role.PREFILLER else limit,
+        limit,
         leased_limit,
         rules,
         used_ppm=active * MILLION // max(capacity, 1),

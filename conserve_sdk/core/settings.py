@@ -46,10 +46,10 @@ class PlacementSettings:
         oversubscription_ppm: leased KV of a decoder with a host tier, over its capacity, at most (HOVER = 3).
         leased_weight_ppm: weight of leased KV beside active KV in a decoder's load (.25).
         prefiller_hosts: whether prefillers may host leases.
-        host_gate_ppm: a prefiller hosts while its prefill share is at most this (GATE = .4).
+        host_gate_ppm: a prefiller hosts while its prefill share is at most this (GATE = .7).
         host_reserve_ppm: share of a prefiller's KV that leases leave free (PRES = .3).
         host_base_load_ppm, host_share_weight_ppm: added to the load of a prefiller: constant, and per prefill share
-            (H0 = .05, BETA = .3).
+            (H0 = 0, BETA = .3).
         prefill_share_window_ms: memory of the prefill share (20 s).
         move_appends: large appends may be prefilled on a prefiller.
         re_lease: leases may move to another decoder in a gap.
@@ -74,9 +74,9 @@ class PlacementSettings:
     oversubscription_ppm: Ppm = Ppm(3_000_000)
     leased_weight_ppm: Ppm = Ppm(0)
     prefiller_hosts: PrefillerHosts = PrefillerHosts.NEVER
-    host_gate_ppm: Ppm = Ppm(400_000)
+    host_gate_ppm: Ppm = Ppm(700_000)
     host_reserve_ppm: Ppm = Ppm(300_000)
-    host_base_load_ppm: Ppm = Ppm(50_000)
+    host_base_load_ppm: Ppm = Ppm(0)
     host_share_weight_ppm: Ppm = Ppm(300_000)
     prefill_share_window_ms: Ms = Ms(20_000)
     move_appends: bool = False

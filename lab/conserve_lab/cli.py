@@ -152,12 +152,27 @@ def _bench(
 def _compare(
     *,
     workload: Annotated[list[str] | None, typer.Option(help="A generated workload; may be repeated.")] = None,
-    trace: Annotated[list[str] | None, typer.Option(help="A trace file (JSONL, .gz too); may be repeated.")] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help="A policy, or NAME@CHUNK; may be repeated. Default: all.")
+    trace: Annotated[
+        list[str] | None, typer.Option(help="A trace: a file (JSONL, .gz too) or its name; may be repeated.")
     ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of traces. Default: $CONSERVE_TRACES.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="A policy, NAME@CHUNK or NAME@PREFILL/DECODE; may be repeated. Default: all."),
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Each policy with decode chunks of 512 to 8192.")] = False,
     load: Annotated[
-        list[float] | None, typer.Option(min=0.001, help="Conversations a second; may be repeated. Default: 0.5, 1.")
+        list[float] | None, typer.Option(min=0.001, help="Conversations a second; may be repeated.")
+    ] = None,
+    of_saturation: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, max=100.0, help="Times what the fleet can take; may be repeated. Default: 0.5, 1, 2."),
+    ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="tools, shared, giant, skew, burst, fail or drain=NUMBER; may be repeated."),
     ] = None,
     conversations: Annotated[int, typer.Option(min=1, max=100_000, help="Conversations of one run.")] = 255,
     turns: Annotated[int, typer.Option(min=0, help="Cut conversations after so many turns; 0: never.")] = 0,
@@ -167,27 +182,39 @@ def _compare(
     seed: Annotated[int, typer.Option(min=1, help="The first of them.")] = 1,
     processes: Annotated[int | None, typer.Option(min=1, help="Runs at once. Default: one a core.")] = None,
     json: Json = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report (one file, fronts and tables) here.")] = None,
 ) -> int:
     """Policies beside each other in virtual time: the production placement on simulated engines."""
-    from conserve_lab.simulator.command import chosen_policies, run_compare
+    from conserve_lab.simulator.command import cells_of, chosen_policies, run_compare, swept
     from conserve_lab.simulator.compare import Cell
     from conserve_lab.simulator.policies import POLICIES
-    from conserve_lab.workloads import SHAPES
+    from conserve_lab.workloads import SHAPES, parse_variation, trace_path
 
-    names = [*(workload or []), *(trace or [])] or list(SHAPES)
     unknown = sorted(set(workload or []) - set(SHAPES))
     if unknown:
         raise typer.BadParameter(f"no workload {unknown[0]!r}: choose from {', '.join(SHAPES)}, or use --trace FILE")
+    for variation in with_ or []:
+        parse_variation(variation)
+    found = [str(trace_path(name, folder=traces)) for name in trace or []]
     cells = [
-        Cell(workload=name, per_s=per_s, conversations=conversations, turns_max=turns, engines=engines, engine=engine)
-        for name in names
-        for per_s in load or [0.5, 1.0]
+        Cell(
+            workload=name,
+            per_s=1.0,
+            variations=tuple(with_ or []),
+            conversations=conversations,
+            turns_max=turns,
+            engines=engines,
+            engine=engine,
+        )
+        for name in [*(workload or []), *found] or list(SHAPES)
     ]
+    policies = chosen_policies(policy or list(POLICIES))
     return run_compare(
-        cells,
-        chosen_policies(policy or list(POLICIES)),
+        cells_of(cells, loads=load or [], times=of_saturation or ([] if load else [0.5, 1.0, 2.0])),
+        swept(policies) if sweep else policies,
         seeds=range(seed, seed + seeds),
         json_path=json,
+        html_path=html,
         processes=processes,
         console=_console(),
     )

@@ -404,17 +404,18 @@ class Oracle:
         rules, capacity = self.settings.placement, view.kv_capacity_tokens
         over = Fraction(rules.kv_watermark_ppm, 1_000_000)
         leased = max(view.kv_leased_tokens, view.kv_used_tokens) + need
+        active = max(view.kv_active_tokens, view.kv_used_tokens) + need
         if view.spec.role is Role.PREFILLER:
-            reserve = Fraction(rules.host_reserve_ppm, 1_000_000)
+            over = max(over - Fraction(rules.host_reserve_ppm, 1_000_000), Fraction(0))
             active = max(view.kv_active_tokens + view.backlog_tokens, view.kv_used_tokens) + need
             free = Fraction(view.prefill_share_ppm, 1_000_000) <= Fraction(rules.host_gate_ppm, 1_000_000)
-            hosts = rules.prefiller_hosts is PrefillerHosts.AUTO and free
-            return hosts and max(active, leased) <= max(over - reserve, 0) * capacity
+            if rules.prefiller_hosts is not PrefillerHosts.AUTO or not free or active > over * capacity:
+                return False
         if not (view.spec.host_tier_tokens and rules.idle_aware):
             return leased <= over * capacity
         hover = Fraction(rules.oversubscription_ppm, 1_000_000)
         bound = min(hover * capacity, capacity + view.spec.host_tier_tokens)
-        return max(view.kv_active_tokens, view.kv_used_tokens) + need <= over * capacity and leased <= bound
+        return active <= over * capacity and leased <= bound
 
     def gone(self, facts: EngineFacts) -> bool:
         """Whether the engine has failed for too long."""

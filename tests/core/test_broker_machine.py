@@ -61,7 +61,7 @@ FLEET = [
     spec("d0"),
     spec("d1", host_tier_tokens=Tokens(1_500)),
     spec("p0", Role.PREFILLER),
-    spec("p1", Role.PREFILLER),
+    spec("p1", Role.PREFILLER, host_tier_tokens=Tokens(1_500)),
 ]
 ENGINES = st.sampled_from([each.engine_id for each in FLEET])
 CONVERSATIONS = st.sampled_from(["c0", "c1", "c2", "c3", "c4"])

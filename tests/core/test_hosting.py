@@ -165,12 +165,12 @@ class TestPrefillersHost:
         assert here.view("p0").prefill_share_ppm == 1_000_000
         assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
 
-    @pytest.mark.parametrize(("idle_ms", "hosts"), [(1_499, False), (1_500, True)])
+    @pytest.mark.parametrize(("idle_ms", "hosts"), [(428, False), (429, True)])
     def test_it_hosts_from_exactly_the_gate_on(self, idle_ms: int, hosts: bool) -> None:
         here = self.world()
         here.wait(idle_ms)
         here.observe("p0")
-        assert (here.view("p0").prefill_share_ppm <= 400_000) is hosts
+        assert (here.view("p0").prefill_share_ppm <= 700_000) is hosts
         here.request("c", 2_000)
         assert (here.broker.lease_count() == 1) is hosts
 
@@ -195,6 +195,22 @@ class TestPrefillersHost:
         here.observe("p0")
         here.request("c", tokens)
         assert (here.broker.lease_count() == 1) is fits
+
+    @pytest.mark.parametrize(
+        ("tier", "tokens", "fits"), [(0, 9_000, True), (0, 9_001, False), (250_000, 59_001, False)]
+    )
+    def test_with_a_host_tier_the_idle_do_not_fill_its_room(self, tier: int, tokens: int, fits: bool) -> None:
+        preset = replace(DEFAULT, prefill_share_window_ms=Ms(1_000))
+        fleet = [spec("p0", Role.PREFILLER, max_model_len_tokens=LONG, host_tier_tokens=Tokens(tier))]
+        here = World(settings=BrokerSettings(placement=preset, observation_max_age_ms=Ms(600_000)), fleet=fleet)
+        here.wait(10_000)
+        here.observe("p0")
+        fill(here, 50_000)
+        here.wait(1_000)
+        here.request("next", tokens)
+        assert (here.broker.lease_count() == 2) is fits
+        if tier:
+            assert granted(here.request("after", 59_000)).lease.decoder.engine_id == "p0"
 
     def test_prefills_under_way_count_against_it(self) -> None:
         here = self.world()

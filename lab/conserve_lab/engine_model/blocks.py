@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import chain
+
+_ABSENT = -1
 
 
 class BlockPool:
@@ -37,20 +40,16 @@ class BlockPool:
         """Blocks somebody references."""
         return self.total - self.free
 
-    def lookup(self, keys: Iterable[int]) -> list[int]:
+    def lookup(self, keys: Sequence[int]) -> list[int]:
         """Return the cached blocks of the longest leading run of `keys`, without referencing them."""
-        found: list[int] = []
-        block_of = self._block_of.get
-        for key in keys:
-            block = block_of(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        if not keys or keys[0] not in self._block_of:
+            return []
+        found = [block if block is not None else _ABSENT for block in map(self._block_of.get, keys)]
+        return found[: found.index(_ABSENT)] if _ABSENT in found else found
 
     def cost_of(self, hits: Sequence[int], new: int) -> int:
         """Return how many free blocks it takes to reference `hits` and allocate `new` more."""
-        return new + sum(1 for block in hits if self._references[block] == 0)
+        return new + [self._references[block] for block in hits].count(0)
 
     def reference(self, blocks: Iterable[int]) -> None:
         """Add one reference to each block, taking it out of the free list."""
@@ -85,11 +84,13 @@ class BlockPool:
             if left == 0:
                 free[block] = None
 
-    def publish(self, block: int, key: int) -> None:
-        """Make a computed block findable under `key`; the first block of a key wins, as in vLLM."""
-        if key not in self._block_of and block not in self._key_of:
-            self._block_of[key] = block
-            self._key_of[block] = key
+    def publish(self, blocks: Sequence[int], keys: Sequence[int]) -> None:
+        """Make computed blocks findable, each under its key; the first block of a key wins, as in vLLM."""
+        block_of, key_of = self._block_of, self._key_of
+        for block, key in zip(blocks, keys, strict=True):
+            if key not in block_of and block not in key_of:
+                block_of[key] = block
+                key_of[block] = key
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
         """Assert that references equal what `owners` hold and that no block is lost.
@@ -97,11 +98,9 @@ class BlockPool:
         Args:
             owners: The block lists of everyone who should hold references.
         """
-        expected = [0] * self.total
-        for blocks in owners:
-            for block in blocks:
-                expected[block] += 1
+        owned = Counter(chain.from_iterable(owners))
+        expected = [owned[block] for block in range(self.total)] if owned else [0] * self.total
         assert expected == self._references, "reference counts differ from what sequences and holds own"
-        for block, references in enumerate(self._references):
-            assert (references == 0) == (block in self._free), f"block {block} is both free and referenced"
+        unowned = {block for block, references in enumerate(self._references) if not references}
+        assert unowned == self._free.keys(), "a block is both free and referenced, or neither"
         assert {key: block for block, key in self._key_of.items()} == self._block_of

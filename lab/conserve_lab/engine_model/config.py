@@ -49,6 +49,27 @@ class StepCost:
         )
         return max(self.floor_us, work_us) + self.decode_us_per_sequence * decodes
 
+    def decode_steps_us(self, *, decodes: int, context_tokens: int, steps: int, within_us: int) -> list[int]:
+        """Return `step_us` of up to `steps` steps of nothing but decodes, each of which reads `decodes` tokens more.
+
+        Args:
+            decodes: sequences, the same in all steps.
+            context_tokens: what the first step reads.
+            steps: how many at most.
+            within_us: the last of them begins before so much time has passed.
+        """
+        floor_us, base_us, per_token_ns = self.floor_us, self.base_us, self.decode_ns_per_context_token
+        sequences_us = self.decode_us_per_sequence * decodes
+        durations: list[int] = []
+        passed_us = 0
+        while passed_us < within_us and len(durations) < steps:
+            work_us = base_us + per_token_ns * context_tokens // 1000
+            duration_us = (max(floor_us, work_us)) + sequences_us
+            durations.append(duration_us)
+            passed_us += duration_us
+            context_tokens += decodes
+        return durations
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferCost:
@@ -81,7 +102,7 @@ class EngineModelConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
-    """Most prompt tokens of one request in one step; 0 means only the batch limit counts."""
+    """Most prompt tokens of one request in one step while there are others; 0 means only the batch limit counts."""
     kv_lease_us: int = 30_000_000
     """How long a finished request's blocks are held for a peer (vLLM's `kv_lease_duration`)."""
     enable_prefix_caching: bool = True

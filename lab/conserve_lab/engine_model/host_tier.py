@@ -22,17 +22,16 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def put(self, key: int) -> None:
-        """Keep a block, or note that it was used again."""
-        if not self._blocks:
-            return
-        keys = self._keys
-        if key in keys:
-            keys.move_to_end(key)
-            return
-        keys[key] = None
-        if len(keys) > self._blocks:
-            keys.popitem(last=False)
+    def put(self, keys: Sequence[int]) -> None:
+        """Keep blocks, or note that they were used again."""
+        kept = self._keys
+        for key in keys:
+            if key in kept:
+                kept.move_to_end(key)
+            else:
+                kept[key] = None
+        while len(kept) > self._blocks:
+            kept.popitem(last=False)
 
     def leading(self, keys: Sequence[int], *, start: int) -> int:
         """Return how many of `keys`, from position `start` on, are here without a gap."""

@@ -6,8 +6,10 @@ test holds the two against each other), only without looking at every sequence i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 from conserve_lab.engine_model.sequence import Sequence as EngineSequence
@@ -16,8 +18,8 @@ from conserve_lab.engine_model.sequence import Sequence as EngineSequence
 class StepClock(Protocol):
     """The cost model, as far as decodes go."""
 
-    def step_us(self, *, decodes: int, context_tokens: int, prefill_tokens: int) -> int:
-        """Return the microseconds of a step."""
+    def decode_steps_us(self, *, decodes: int, context_tokens: int, steps: int, within_us: int) -> list[int]:
+        """Return the microseconds of each of so many steps, the last of which begins before `within_us`."""
         ...
 
 
@@ -34,6 +36,11 @@ class Leap:
     def duration_us(self) -> int:
         """All steps together."""
         return sum(self.durations_us)
+
+    def before(self, span_us: int) -> Leap:
+        """The same, without the steps that begin `span_us` after its start or later."""
+        ends = list(accumulate(self.durations_us))
+        return replace(self, durations_us=self.durations_us[: bisect_left(ends, span_us) + 1])
 
 
 def steps_without_end(running: Sequence[EngineSequence]) -> int:
@@ -61,13 +68,11 @@ def step_durations(
 ) -> tuple[int, ...]:
     """Return the lengths of up to `steps` steps, the last of which begins before `until_us`."""
     context = sum(sequence.computed for sequence in running)
-    durations: list[int] = []
-    while len(durations) < steps and now_us < until_us:
-        duration_us = cost.step_us(decodes=len(running), context_tokens=context, prefill_tokens=0)
-        durations.append(duration_us)
-        now_us += duration_us
-        context += len(running)
-    return tuple(durations)
+    return tuple(
+        cost.decode_steps_us(
+            decodes=len(running), context_tokens=context, steps=steps, within_us=max(until_us - now_us, 0)
+        )
+    )
 
 
 def block_events(

@@ -53,6 +53,7 @@ class EngineModel:
         self._running: list[Sequence] = []
         self._holds: dict[str, Hold] = {}
         self._arrivals = 0
+        self._crowded = False
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -95,6 +96,11 @@ class EngineModel:
     def has_work(self) -> bool:
         """Whether a step could compute something now or once blocks are free."""
         return bool(self._running or self._waiting or self._fetched)
+
+    @property
+    def unprefilled_tokens(self) -> int:
+        """Prompt tokens that are still to be computed here, of every request that has no token yet."""
+        return sum(sequence.pending for sequence in self._sequences.values() if not sequence.emitted)
 
     def state_of(self, request_id: str) -> SequenceState | None:
         """Return where a request is, or None when the engine no longer runs it."""
@@ -151,11 +157,11 @@ class EngineModel:
             self._loaded(sequence)
         elif ok:
             # The last prompt token is computed here again: the decoder makes its own first token.
-            sequence.computed = sequence.request.prompt_tokens - 1
-            sequence.external_tokens = sequence.request.prompt_tokens - sequence.local_hit_tokens
+            sequence.computed = min(sequence.pulled, sequence.request.prompt_tokens - 1)
+            sequence.external_tokens = sequence.pulled - sequence.local_hit_tokens
             sequence.state = SequenceState.FETCHED
             self.counters.external_hits += sequence.external_tokens
-            self._publish(sequence, full=sequence.request.prompt_tokens // self.config.block_size)
+            self._publish(sequence, full=sequence.pulled // self.config.block_size)
             self._fetched.append(sequence)
         else:
             self._reset(sequence)
@@ -214,6 +220,8 @@ class EngineModel:
         calls again.
         """
         expired = self.expire_holds(now_us=now_us)
+        # vLLM: a long prefill that is the only request starves nobody and takes the whole budget.
+        self._crowded = self.running + self.waiting > 1
         plan: list[_Work] = []
         preemptions = self.counters.preemptions
         budget = self._plan_running(plan, self.config.max_num_batched_tokens)
@@ -321,8 +329,11 @@ class EngineModel:
                 sequence = self._waiting.popleft()
             else:
                 break
-            if sequence.state is SequenceState.WAITING and (sequence.request.pull or sequence.host_blocks):
-                fetches.append(self._start_fetch(sequence) if sequence.request.pull else self._start_load(sequence))
+            if sequence.state is SequenceState.WAITING and sequence.pulled > sequence.computed:
+                fetches.append(self._start_fetch(sequence))
+                continue
+            if sequence.state is SequenceState.WAITING and sequence.host_blocks:
+                fetches.append(self._start_load(sequence))
                 continue
             tokens = self._chunk(sequence, budget)
             grown = self._grow(sequence, tokens)
@@ -362,9 +373,9 @@ class EngineModel:
 
     def _start_fetch(self, sequence: Sequence) -> FetchStart:
         """Allocate the whole prompt and leave the queue until the peer's KV is here."""
-        missing = sequence.request.prompt_tokens - sequence.computed
+        missing = sequence.pulled - sequence.computed
         before = len(sequence.blocks)
-        grown = self._grow(sequence, missing)
+        grown = self._grow(sequence, sequence.request.prompt_tokens - sequence.computed)
         assert grown, "a placed request fits"
         sequence.state = SequenceState.FETCHING
         self._fetching[sequence.request.request_id] = sequence
@@ -383,7 +394,7 @@ class EngineModel:
         """Return how many of the sequence's pending tokens go into this step."""
         tokens = min(sequence.pending, budget)
         threshold = self.config.long_prefill_token_threshold
-        return min(tokens, threshold) if threshold else tokens
+        return min(tokens, threshold) if threshold and self._crowded else tokens
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Allocate the blocks that `tokens` more computed tokens need."""
@@ -459,14 +470,13 @@ class EngineModel:
 
     def _publish(self, sequence: Sequence, *, full: int) -> None:
         """Offer newly filled blocks to the prefix cache."""
-        keys, blocks = sequence.request.block_keys, sequence.blocks
-        publish, put = self._pool.publish, self._host.put if self.config.host_blocks else None
-        for index in range(sequence.published, min(full, len(keys)) if self.config.enable_prefix_caching else 0):
-            key = keys[index]
-            publish(blocks[index], key)
-            if put is not None:
-                put(key)
-        sequence.published = max(sequence.published, full)
+        start, end = sequence.published, min(full, len(sequence.request.block_keys))
+        if start < end and self.config.enable_prefix_caching:
+            keys = sequence.request.block_keys[start:end]
+            self._pool.publish(sequence.blocks[start:end], keys)
+            if self.config.host_blocks:
+                self._host.put(keys)
+        sequence.published = max(start, full)
 
     def check(self) -> None:
         """Assert the model's invariants: every block owned exactly as often as it is referenced.

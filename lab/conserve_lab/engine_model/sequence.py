@@ -33,6 +33,8 @@ class EngineRequest:
     """A key per full block of prompt plus output; equal keys mean equal content and equal history."""
     pull: bool = False
     """Fetch the prompt's KV from a peer instead of computing it."""
+    pull_tokens: int = 0
+    """So many of its leading tokens, which is what the peer has; 0: all of it."""
     hold: bool = False
     """Keep the blocks for a lease after the last token (`do_remote_decode`)."""
 
@@ -64,6 +66,12 @@ class Sequence:
     host_blocks: int = 0
     """Blocks after the locally cached ones that are being loaded from the host tier."""
     preemptions: int = 0
+
+    @property
+    def pulled(self) -> int:
+        """Leading tokens of the prompt that a peer has for this request."""
+        request = self.request
+        return (request.pull_tokens or request.prompt_tokens) if request.pull else 0
 
     @property
     def known(self) -> int:

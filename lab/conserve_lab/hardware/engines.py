@@ -76,7 +76,7 @@ def _transfer(model: Model) -> TransferCost:
 
 def _power(gpu: Gpu, model: Model, *, cap_w: int, mbu: float) -> PowerModel:
     weights_us = round(model.weight_bytes / (gpu.memory_gb_per_s * 1e3 * mbu))
-    return PowerModel(idle_mw=gpu.idle_w * 1000, cap_mw=cap_w * 1000, weights_us=weights_us)
+    return PowerModel(idle_mw=gpu.idle_w * 1000, full_mw=gpu.cap_w * 1000, cap_mw=cap_w * 1000, weights_us=weights_us)
 
 
 CALIBRATED: dict[str, EngineKind] = {

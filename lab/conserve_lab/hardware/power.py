@@ -19,11 +19,14 @@ class PowerModel:
 
     Attributes:
         idle_mw: drawn all the time.
-        cap_mw: drawn at full load.
+        full_mw: drawn at full load without a cap.
+        cap_mw: what it is limited to. A limit saves nothing in a step that would draw less; what it costs in speed is
+            in the engine's own figures.
         weights_us: the part of a step's base cost in which the weights are read.
     """
 
     idle_mw: int
+    full_mw: int
     cap_mw: int
     weights_us: int
 
@@ -48,7 +51,8 @@ class PowerModel:
             + cost.prefill_attention_ps_per_pair * pairs // _MILLION
         )
         load_ppm = _BASE_PPM + (_MEMORY_PPM * memory_us + _COMPUTE_PPM * compute_us) // duration_us
-        return duration_us * (self.cap_mw - self.idle_mw) * min(load_ppm, _MILLION) // _MILLION
+        drawn_mw = self.idle_mw + (self.full_mw - self.idle_mw) * min(load_ppm, _MILLION) // _MILLION
+        return duration_us * (min(drawn_mw, self.cap_mw) - self.idle_mw)
 
     def idle_nj(self, span_us: int) -> int:
         """Return what it draws in `span_us` without doing anything, in nanojoules."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from conserve_lab.engine_model import EngineRequest, PromptSources
@@ -10,13 +10,15 @@ from conserve_lab.simulator.engine import Call, SimulatedEngine
 from conserve_lab.simulator.fleet import Fleet
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.keys import ConversationKeys
-from conserve_lab.simulator.policies import Dispatch
+from conserve_lab.simulator.routing import Router
 from conserve_lab.workloads import Conversation
 from conserve_sdk.core.events import SupersedeCause, TurnFinished
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId, ModelName, Ms, TenantId, Tokens
 
 RENEW_US = 20_000_000
+RETRY_US = 100_000
+"""Until a router without a broker tries again; it knows of a death at once, which is kind to routers."""
 MODEL = ModelName("simulated")
 
 
@@ -31,6 +33,7 @@ class Story:
         last_gaps: times between the tokens of its last turn.
         reprefilled_tokens: prompt tokens of earlier turns that were computed again.
         migrations: KV moves from engine to engine.
+        lost_calls: requests that an engine's death ended, each sent again.
     """
 
     arrived_us: int
@@ -42,15 +45,19 @@ class Story:
     last_gaps: Gaps = field(default_factory=Gaps)
     reprefilled_tokens: int = 0
     migrations: int = 0
+    lost_calls: int = 0
 
 
 class _Move:
-    """KV on its way out of an engine that holds it for a peer."""
+    """KV on its way out of an engine, which holds it for this peer or has it in its cache."""
 
     def __init__(self, holder: SimulatedEngine, request_id: str, now_us: Callable[[], int]) -> None:
         self._holder, self._request_id, self._now_us = holder, request_id, now_us
+        self._incarnation = holder.incarnation
 
-    def move(self, tokens: int) -> int:
+    def move(self, tokens: int) -> int | None:
+        if not self._holder.up or self._holder.incarnation != self._incarnation:
+            return None
         return self._holder.link.reserve(tokens, now_us=self._now_us())
 
     def moved(self) -> None:
@@ -69,6 +76,7 @@ class Agent:
         self._number = number
         self._gaps = gaps
         self._finished = finished
+        self._router = Router(fleet, number=number)
         self._keys = ConversationKeys(conversation, number=number, block_size=fleet.block_size)
         self._turn = 0
         self._lease: Lease | None = None
@@ -90,10 +98,14 @@ class Agent:
         )
         self._fleet.broker.request(
             key,
-            input_tokens=self._prompt_tokens,
+            input_tokens=self._claimed(self._prompt_tokens),
             prefix_key="shared" if self._conversation.shared_tokens else "",
             then=self._granted,
         )
+
+    def _claimed(self, tokens: int) -> int:
+        """What the broker is told that the conversation holds."""
+        return self._conversation.final_tokens if self._fleet.policy.oracle else tokens
 
     # ---- lease ------------------------------------------------------------------------------------------------
 
@@ -133,6 +145,9 @@ class Agent:
             return
         append = self._conversation.turns[self._turn].append_tokens
         cached = self._prompt_tokens - append
+        if not broker.lives(lease):
+            self._fail_over(None)
+            return
         if broker.wants_move(lease):
             cause = SupersedeCause.RE_LEASE
         elif 0 < lease.append_threshold_tokens < append:
@@ -146,47 +161,73 @@ class Agent:
         self._take(lease)
         self._dispatch()
 
+    def _lost(self, engine: SimulatedEngine) -> None:
+        """An engine died under a request, or refused it: the turn starts again, elsewhere."""
+        self.story.lost_calls += 1
+        if len(self.story.first_tokens_us) > self._turn:
+            self.story.first_tokens_us.pop()
+        lease, broker = self._lease, self._fleet.broker
+        if lease is None or broker is None:
+            self._fleet.kernel.after(RETRY_US, self._dispatch)
+        elif engine.name == lease.decoder.engine_id:
+            broker.failure(lease.decoder)
+            self._fail_over(lease.decoder.engine_id)
+        else:
+            assert lease.prefiller is not None
+            broker.failure(lease.prefiller)
+            self._migrated = True  # without its prefiller, a lease is a local one
+            self._dispatch()
+
+    def _fail_over(self, failed: EngineId | None) -> None:
+        lease, broker = self._lease, self._fleet.broker
+        assert lease is not None
+        assert broker is not None
+        broker.replace(
+            lease,
+            input_tokens=self._claimed(self._prompt_tokens),
+            cached_tokens=0,
+            cause=SupersedeCause.FAILURE,
+            then=self._replaced,
+            failed=failed,
+        )
+
     def _dispatch(self) -> None:
         if self._lease is not None and self._fleet.broker is not None:
-            self._fleet.broker.turn_started(self._lease, input_tokens=self._prompt_tokens)
-        prefiller, decoder = self._choose()
-        if prefiller is None:
+            self._fleet.broker.turn_started(self._lease, input_tokens=self._claimed(self._prompt_tokens))
+        prefiller, decoder = self._router.engines(self._lease)
+        if prefiller is None or not self._disaggregated(prefiller, decoder):
             self._send(decoder, source=None)
         else:
             self._prefill(prefiller, decoder)
 
-    def _choose(self) -> tuple[SimulatedEngine | None, SimulatedEngine]:
-        fleet, lease = self._fleet, self._lease
-        match fleet.policy.dispatch:
-            case Dispatch.ROUND_ROBIN:
-                return None, fleet.next_decoder()
-            case Dispatch.EVERY_TURN_ANYWHERE:
-                return fleet.next_prefiller(), fleet.next_decoder()
-        assert lease is not None, "the other policies have leases"
-        decoder = fleet.engine(lease.decoder.engine_id)
-        disaggregated = fleet.policy.dispatch is Dispatch.EVERY_TURN or not self._migrated or self._flipped
-        if lease.prefiller is None or not disaggregated:
-            return None, decoder
-        return fleet.engine(lease.prefiller.engine_id), decoder
-
-    @property
-    def _flipped(self) -> bool:
-        """Whether a predictor gets this turn wrong: a matter of its place, so that runs can be compared."""
-        return (self._number * 37 + self._turn * 61) % 100 < self._fleet.policy.flip_percent
+    def _disaggregated(self, prefiller: SimulatedEngine, decoder: SimulatedEngine) -> bool:
+        if not self._migrated:
+            return True
+        append = self._conversation.turns[self._turn].append_tokens
+        held = self._prompt_tokens - append
+        return self._router.through_prefiller(prefiller, decoder, turn=self._turn, append=append, held=held)
 
     def _prefill(self, prefiller: SimulatedEngine, decoder: SimulatedEngine) -> None:
-        request = self._request(output_tokens=1, hold=True)
+        history = decoder.held_tokens(self._leading(self._prompt_tokens)) if self._fleet.policy.history_pull else 0
+        request = self._request(output_tokens=1, hold=True, pull_tokens=history)
         sent_us = self._fleet.kernel.now_us + prefiller.kind.front_us
 
         def prefilled(_: int) -> None:
             assert call.started_us is not None
             self.story.prefill_queue_us += call.started_us - sent_us
-            self._send(
-                decoder, source=_Move(prefiller, request.request_id, lambda: self._fleet.kernel.now_us), by=prefiller
-            )
+            self._send(decoder, source=self._move_from(prefiller, request.request_id), by=prefiller)
 
-        call = Call(request=request, on_first=self._count_prompt, on_done=prefilled)
+        call = Call(
+            request=request,
+            on_first=self._count_prompt,
+            on_done=prefilled,
+            on_lost=lambda: self._lost(prefiller),
+            source=self._move_from(decoder, request.request_id) if history else None,
+        )
         self._fleet.kernel.at(sent_us, lambda: prefiller.submit(call))
+
+    def _move_from(self, holder: SimulatedEngine, request_id: str) -> _Move:
+        return _Move(holder, request_id, lambda: self._fleet.kernel.now_us)
 
     def _send(self, decoder: SimulatedEngine, *, source: _Move | None, by: SimulatedEngine | None = None) -> None:
         turn = self._conversation.turns[self._turn]
@@ -201,22 +242,27 @@ class Agent:
             self._report = (sources, by)
 
         call = Call(
-            request=self._request(output_tokens=turn.output_tokens, pull=source is not None),
+            request=self._request(output_tokens=turn.output_tokens, pull_tokens=self._prompt_tokens if source else 0),
             on_first=first,
             on_done=lambda _: self._turn_ends(decoder),
+            on_lost=lambda: self._lost(decoder),
             source=source,
             gaps=self._gaps if last else None,
         )
         self._fleet.kernel.after(decoder.kind.front_us, lambda: decoder.submit(call))
 
-    def _request(self, *, output_tokens: int, pull: bool = False, hold: bool = False) -> EngineRequest:
+    def _leading(self, tokens: int) -> Sequence[int]:
+        return self._keys.leading(tokens // self._fleet.block_size)
+
+    def _request(self, *, output_tokens: int, pull_tokens: int = 0, hold: bool = False) -> EngineRequest:
         self._hops += 1
         return EngineRequest(
             request_id=f"{self._number}.{self._hops}",
             prompt_tokens=self._prompt_tokens,
             output_tokens=output_tokens,
-            block_keys=self._keys.leading((self._prompt_tokens + output_tokens) // self._fleet.block_size),
-            pull=pull,
+            block_keys=self._leading(self._prompt_tokens + output_tokens),
+            pull=pull_tokens > 0,
+            pull_tokens=pull_tokens,
             hold=hold,
         )
 
@@ -234,6 +280,7 @@ class Agent:
             self._fleet.kernel.after(gap_us, self._next_turn)
             return
         self.story.done_us = now_us
+        self._router.leave()
         if self._lease is not None and self._fleet.broker is not None:
             self._fleet.broker.release(self._lease)
         self._finished()
@@ -251,7 +298,7 @@ class Agent:
             TurnFinished(
                 now_ms=Ms(now_us // 1000),
                 lease_id=lease.lease_id,
-                context_tokens=Tokens(prompt + self._conversation.turns[self._turn].output_tokens),
+                context_tokens=Tokens(self._claimed(prompt + self._conversation.turns[self._turn].output_tokens)),
                 prompt_tokens=Tokens(prompt),
                 prompt_bytes=0,
                 cached_tokens=Tokens(sources.local_cache_hit),

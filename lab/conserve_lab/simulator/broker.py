@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from conserve_lab.simulator.engine import SimulatedEngine
+from conserve_lab.simulator.invariants import Invariants
 from conserve_lab.simulator.kernel import Kernel, Timer
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
     Decision,
     Directive,
     EngineConfigured,
+    EngineDrained,
+    EngineFailureReported,
     EngineObserved,
     EngineSpec,
+    EngineUnreachable,
     Event,
     Granted,
     LeaseAnswered,
@@ -28,9 +32,9 @@ from conserve_sdk.core.events import (
     TurnFinished,
     TurnStarted,
 )
-from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import Incarnation, LeaseId, Ms, PrefixKey, RequestId, Tokens
+from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, PrefixKey, RequestId, Tokens
 
 SCRAPE_US = 1_000_000
 """The service's own interval; policy decisions get worse from 5 s on."""
@@ -57,7 +61,7 @@ class SimulatedBroker:
         self._asked: dict[RequestId, Answer] = {}
         self._timer: Timer | None = None
         self._directives: dict[LeaseId, Directive] = {}
-        self._moved: set[LeaseId] = set()
+        self.invariants = Invariants(self.core, settings)
         self.live = True
         for spec, _ in engines:
             self._feed(EngineConfigured(now_ms=self.now_ms, spec=spec))
@@ -88,9 +92,16 @@ class SimulatedBroker:
         )
 
     def replace(
-        self, lease: Lease, *, input_tokens: int, cached_tokens: int, cause: SupersedeCause, then: Answer
+        self,
+        lease: Lease,
+        *,
+        input_tokens: int,
+        cached_tokens: int,
+        cause: SupersedeCause,
+        then: Answer,
+        failed: EngineId | None = None,
     ) -> None:
-        """Ask for another lease in the place of this one; the answer may be the same one."""
+        """Ask for another lease in the place of this one; the answer may be the same one. After a failure it waits."""
         request_id = RequestId(f"q{next(self._ids)}")
         self._asked[request_id] = then
         self._directives.pop(lease.lease_id, None)
@@ -107,7 +118,24 @@ class SimulatedBroker:
                 cached_tokens=Tokens(cached_tokens),
                 first_turn_input_tokens=Tokens(input_tokens),
                 first_turn_input_bytes=0,
-                deadline_at_ms=self.now_ms,
+                deadline_at_ms=Ms(1 << 50) if cause is SupersedeCause.FAILURE else self.now_ms,
+                failed_engine_id=failed,
+            )
+        )
+
+    def lives(self, lease: Lease) -> bool:
+        """Whether the broker still knows this lease; the SDK learns it from the answer to a report or renewal."""
+        return self.core.lease(lease.lease_id) is not None
+
+    def drain(self, engine_id: EngineId, *, draining: bool) -> None:
+        """An operator drains an engine, or lets it take part again."""
+        self._feed(EngineDrained(now_ms=self.now_ms, engine_id=engine_id, draining=draining))
+
+    def failure(self, binding: EngineBinding) -> None:
+        """A client could not use an engine."""
+        self._feed(
+            EngineFailureReported(
+                now_ms=self.now_ms, engine_id=binding.engine_id, incarnation=binding.incarnation, detail="refused"
             )
         )
 
@@ -117,9 +145,7 @@ class SimulatedBroker:
 
     def turn_finished(self, report: TurnFinished) -> None:
         """A turn ended."""
-        if report.migrated:
-            assert report.lease_id not in self._moved, f"lease {report.lease_id} moved its KV twice"
-            self._moved.add(report.lease_id)
+        self.invariants.reported(report)
         self._feed(report)
 
     def renew(self, lease: Lease) -> None:
@@ -144,6 +170,7 @@ class SimulatedBroker:
         for decision in decisions:
             match decision:
                 case Granted():
+                    self.invariants.granted(decision)
                     then = self._asked.pop(decision.request_id)
                     self._kernel.after(0, lambda then=then, lease=decision.lease: then(lease))  # type: ignore[misc]
                 case Refused():
@@ -151,6 +178,7 @@ class SimulatedBroker:
                 case LeaseAnswered():
                     self._directives[decision.lease_id] = decision.directive
                 case LeaseDropped():
+                    self.invariants.dropped(decision, now_ms=self.now_ms)
                     self._directives.pop(decision.lease.lease_id, None)
 
     def _plan_timer(self) -> None:
@@ -169,13 +197,16 @@ class SimulatedBroker:
         if not self.live:
             return
         for spec, engine in self._engines:
+            if not engine.up:
+                self._feed(EngineUnreachable(now_ms=self.now_ms, engine_id=spec.engine_id, detail="refused"))
+                continue
             engine.settle()
             model, counters = engine.model, engine.model.counters
             self._feed(
                 EngineObserved(
                     now_ms=self.now_ms,
                     engine_id=spec.engine_id,
-                    incarnation=Incarnation("1"),
+                    incarnation=Incarnation(str(engine.incarnation)),
                     models=(spec.model,),
                     kv_capacity_tokens=Tokens(model.config.kv_capacity_tokens),
                     kv_used_tokens=Tokens(model.pool.used * model.config.block_size),
@@ -187,7 +218,7 @@ class SimulatedBroker:
                     prefill_busy_ms_total=Ms(engine.energy.prefill_us // 1000),
                 )
             )
-        self._check()
+        self.invariants.check()
         self._kernel.after(SCRAPE_US, self._scrape)
 
     def stop(self) -> None:
@@ -195,11 +226,3 @@ class SimulatedBroker:
         self.live = False
         if self._timer is not None:
             self._timer.cancel()
-
-    def _check(self) -> None:
-        """The ledger equals the sum over the live leases, by decoder (invariant 3 of the design)."""
-        sums: dict[str, int] = {}
-        for lease in self.core.leases():
-            sums[lease.decoder.engine_id] = sums.get(lease.decoder.engine_id, 0) + lease.ledger_tokens
-        for view in self.core.engines():
-            assert view.kv_leased_tokens == sums.get(view.engine_id, 0), f"ledger of {view.engine_id} is wrong"

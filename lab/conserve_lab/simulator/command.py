@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from conserve_lab.hardware import engine_kind
-from conserve_lab.simulator.compare import Arm, Cell, compare
-from conserve_lab.simulator.policies import POLICIES, Policy
+from conserve_lab.simulator.compare import Arm, Cell, at_saturation, compare, name_of
+from conserve_lab.simulator.policies import POLICIES, SWEPT_CHUNKS, Policy
 from conserve_lab.simulator.progress import progress
 from conserve_lab.workloads import WorkloadError
 
@@ -34,10 +35,11 @@ def run_compare(
     *,
     seeds: range,
     json_path: Path | None,
+    html_path: Path | None,
     processes: int | None,
     console: Console,
 ) -> int:
-    """Run everything, print a table per workload and load, write the rows.
+    """Run everything, print a table per workload and load, write the rows and the report.
 
     Raises:
         RunFailed: a run found itself wrong.
@@ -55,26 +57,58 @@ def run_compare(
     if json_path is not None:
         json_path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
         console.print(f"written to {json_path}")
+    if html_path is not None:
+        from conserve_lab.simulator.report import compare_report
+
+        html_path.write_text(compare_report(rows), "utf-8")
+        console.print(f"report in {html_path}")
     return 0
 
 
 def chosen_policies(names: Sequence[str]) -> list[Policy]:
-    """Look up policies; `a0@512` is `a0` with 512 tokens a chunk.
+    """Look up policies; `a0@512` is `a0` with 512 tokens a chunk, `paper@8192/512` has 8192 on its prefillers.
 
     Raises:
         WorkloadError: there is none of that name.
     """
     found = []
     for name in names:
-        plain, _, chunk = name.partition("@")
-        if plain not in POLICIES or (chunk and not chunk.isdigit()) or chunk == "0":
-            raise WorkloadError(f"no policy {name!r}: choose from {', '.join(POLICIES)}, each also as NAME@CHUNK")
-        found.append(POLICIES[plain].with_chunk(int(chunk)) if chunk else POLICIES[plain])
+        plain, _, chunks = name.partition("@")
+        sizes = [int(chunk) for chunk in chunks.split("/") if chunk.isdigit()] if chunks else []
+        if plain not in POLICIES or 0 in sizes or chunks != "/".join(map(str, sizes)) or len(sizes) > 2:
+            known = ", ".join(POLICIES)
+            raise WorkloadError(
+                f"no policy {name!r}: choose from {known}, each also as NAME@CHUNK or NAME@PREFILL/DECODE"
+            )
+        policy = POLICIES[plain]
+        if len(sizes) == 2 and not policy.prefill_share:
+            raise WorkloadError(f"{plain} has no prefillers: write {plain}@{sizes[1]}")
+        found.append(
+            policy.with_chunks(decode=sizes[-1], prefill=sizes[0] if len(sizes) == 2 else None) if sizes else policy
+        )
     return found
 
 
+def cells_of(cells: Sequence[Cell], *, loads: Sequence[float], times: Sequence[float]) -> list[Cell]:
+    """Each cell at the loads given in conversations a second, then at those given in times its saturation."""
+    found = []
+    for cell in cells:
+        found += [replace(cell, per_s=per_s) for per_s in loads]
+        found += at_saturation(cell, times) if times else []
+    return found
+
+
+def swept(policies: Sequence[Policy]) -> list[Policy]:
+    """Each policy at every chunk size of the engines that decode, its own size included."""
+    return [
+        policy if chunk == policy.decode_chunk else policy.with_chunks(decode=chunk)
+        for policy in policies
+        for chunk in sorted({*SWEPT_CHUNKS, policy.decode_chunk})
+    ]
+
+
 def _table(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> Table:
-    name = Path(cell.workload).name
+    name = name_of(cell)
     title = f"{name}, {cell.per_s:g} conversations/s on {cell.engines} x {cell.engine}"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")

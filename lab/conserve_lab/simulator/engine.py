@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,14 +21,15 @@ from conserve_lab.hardware import EngineKind
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.kernel import Kernel, Timer
 
-FAR_US = 1 << 60
+LEAP_US = 1_000_000
+"""As long as a leap may be: scrapes and arrivals cut longer ones anyway, so planning them would be in vain."""
 
 
 class KvSource(Protocol):
     """Where a pulled prompt's KV lies."""
 
-    def move(self, tokens: int) -> int:
-        """Book the move of `tokens` and return the instant at which they are there."""
+    def move(self, tokens: int) -> int | None:
+        """Book the move of `tokens` and return the instant at which they are there; None when the KV is lost."""
         ...
 
     def moved(self) -> None:
@@ -45,12 +46,14 @@ class Call:
         gaps: where its times between tokens are counted.
         on_first: called with the instant of the first token and where the prompt's KV came from.
         on_done: called with the instant of the last token.
+        on_lost: called when the engine dies, or is dead already.
         started_us: when it first was in a batch.
     """
 
     request: EngineRequest
     on_first: Callable[[int, PromptSources], None]
     on_done: Callable[[int], None]
+    on_lost: Callable[[], None]
     source: KvSource | None = None
     gaps: Gaps | None = None
     started_us: int | None = None
@@ -81,15 +84,21 @@ class SimulatedEngine:
         self.host_link = TransferLink(kind.transfer)
         self.energy = Energy()
         self.moved_tokens = 0
+        self.incarnation = 1
+        self.up = True
+        self.draining = False
         self._kernel = kernel
         self._calls: dict[str, Call] = {}
         self._wake: Timer | None = None
-        self._leap_from_us: int | None = None
+        self._leap: tuple[int, Leap] | None = None
 
     # ---- what reaches it --------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
         """Take a request; it has passed the front end already."""
+        if not self.up:
+            call.on_lost()
+            return
         self.settle()
         self._calls[call.request.request_id] = call
         self.model.submit(call.request)
@@ -103,17 +112,42 @@ class SimulatedEngine:
 
     def settle(self) -> None:
         """Carry out what has happened by now of a leap that is under way."""
-        if self._leap_from_us is None:
+        if self._leap is None:
             return
-        started_us, self._leap_from_us = self._leap_from_us, None
+        (started_us, planned), self._leap = self._leap, None
+        if self._wake is not None:
+            self._wake.cancel()
+        leap = planned.before(max(self._kernel.now_us - started_us, 1))
+        end_us = started_us + self._carry_out(leap, started_us)
+        self._wake = self._kernel.at(max(end_us, self._kernel.now_us), self._run)
+
+    @property
+    def takes_new(self) -> bool:
+        """Whether a router that knows its state would send it something new."""
+        return self.up and not self.draining
+
+    def held_tokens(self, keys: Sequence[int]) -> int:
+        """Leading tokens of a prompt with these block keys that lie in its KV cache."""
+        return len(self.model.pool.lookup(keys)) * self.model.config.block_size
+
+    def fail(self, *, back_after_us: int) -> None:
+        """Die with everything in it; come back empty."""
+        self.settle()
         if self._wake is not None:
             self._wake.cancel()
             self._wake = None
-        end_us = started_us
-        leap = self.model.plan_leap(started_us, until_us=max(self._kernel.now_us, started_us + 1))
-        if leap is not None:
-            end_us += self._carry_out(leap, started_us)
-        self._wake = self._kernel.at(max(end_us, self._kernel.now_us), self._run)
+        lost = list(self._calls.values())
+        self._calls.clear()
+        self.model = EngineModel(self.model.config)
+        self.energy.prefill_us = 0
+        self.incarnation += 1
+        self.up = False
+        self._kernel.after(back_after_us, self._come_back)
+        for call in lost:
+            call.on_lost()
+
+    def _come_back(self) -> None:
+        self.up = True
 
     # ---- its own clock ----------------------------------------------------------------------------------------
 
@@ -124,14 +158,12 @@ class SimulatedEngine:
     def _run(self) -> None:
         self._wake = None
         now_us = self._kernel.now_us
-        if self._leap_from_us is not None:
-            started_us, self._leap_from_us = self._leap_from_us, None
-            leap = self.model.plan_leap(started_us, until_us=now_us)
-            assert leap is not None, "what was planned can be carried out"
-            self._carry_out(leap, started_us)
-        leap = self.model.plan_leap(now_us, until_us=FAR_US)
+        if self._leap is not None:
+            (started_us, planned), self._leap = self._leap, None
+            self._carry_out(planned, started_us)
+        leap = self.model.plan_leap(now_us, until_us=now_us + LEAP_US)
         if leap is not None:
-            self._leap_from_us = now_us
+            self._leap = now_us, leap
             self._wake = self._kernel.at(now_us + leap.duration_us, self._run)
             return
         self._step(now_us)
@@ -206,17 +238,19 @@ class SimulatedEngine:
 
     def _fetch(self, fetch: FetchStart) -> None:
         source = self._calls[fetch.request_id].source
+        at_us: int | None
         if fetch.from_host:
             at_us = self.host_link.reserve(fetch.missing_tokens, now_us=self._kernel.now_us)
         else:
             assert source is not None, "a request that pulls has a source"
             at_us = source.move(fetch.missing_tokens)
-            self.moved_tokens += fetch.missing_tokens
-        self._kernel.at(at_us, lambda: self._fetched(fetch, source))
+            self.moved_tokens += 0 if at_us is None else fetch.missing_tokens
+        due_us = self._kernel.now_us if at_us is None else at_us
+        self._kernel.at(due_us, lambda: self._fetched(fetch, source, ok=at_us is not None))
 
-    def _fetched(self, fetch: FetchStart, source: KvSource | None) -> None:
+    def _fetched(self, fetch: FetchStart, source: KvSource | None, *, ok: bool) -> None:
         self.settle()
-        self.model.fetch_finished(fetch.request_id, ok=True)
+        self.model.fetch_finished(fetch.request_id, ok=ok)
         if source is not None and not fetch.from_host:
             source.moved()
         self._ensure_awake()

@@ -42,7 +42,8 @@ class Fleet:
             for number, kind in enumerate(kinds)
         ]
         self._by_id = {engine.name: engine for engine in self.engines}
-        self._prefillers, self._decoders = self.engines[:prefillers], self.engines[prefillers:]
+        self.prefillers, self.decoders = self.engines[:prefillers], self.engines[prefillers:]
+        self.sessions = dict.fromkeys(self._by_id, 0)
         self._turns = [0, 0]
         self.broker = self._broker(prefillers) if policy.preset else None
 
@@ -50,15 +51,31 @@ class Fleet:
         """The engine of this id."""
         return self._by_id[engine_id]
 
-    def next_prefiller(self) -> SimulatedEngine:
-        """Round robin."""
-        self._turns[0] += 1
-        return self._prefillers[self._turns[0] % len(self._prefillers)]
+    def next_prefiller(self) -> SimulatedEngine | None:
+        """Round robin; None in a fleet without roles."""
+        return self._next(0, self.prefillers) if self.prefillers else None
 
     def next_decoder(self) -> SimulatedEngine:
         """Round robin."""
-        self._turns[1] += 1
-        return self._decoders[self._turns[1] % len(self._decoders)]
+        return self._next(1, self.decoders)
+
+    def _next(self, role: int, engines: Sequence[SimulatedEngine]) -> SimulatedEngine:
+        self._turns[role] += 1
+        usable = [engine for engine in engines if engine.takes_new] or engines
+        return usable[self._turns[role] % len(usable)]
+
+    def least_sessions(self, number: int) -> tuple[SimulatedEngine | None, SimulatedEngine]:
+        """The decoder with the fewest conversations, which gets one more, and a prefiller by the conversation."""
+        usable = [engine for engine in self.decoders if engine.takes_new] or self.decoders
+        decoder = min(usable, key=lambda engine: (self.sessions[engine.name], engine.name))
+        self.sessions[decoder.name] += 1
+        return self.prefillers[number % len(self.prefillers)] if self.prefillers else None, decoder
+
+    def drain(self, engine: SimulatedEngine, *, draining: bool) -> None:
+        """Give an engine nothing new, or let it take part again."""
+        engine.draining = draining
+        if self.broker is not None:
+            self.broker.drain(EngineId(engine.name), draining=draining)
 
     def _engine(self, name: str, kind: EngineKind, *, prefills: bool) -> SimulatedEngine:
         blocks = kind.kv_tokens // BLOCK_SIZE
@@ -67,7 +84,9 @@ class Fleet:
             kv_blocks=blocks,
             max_num_seqs=SEQS_MAX,
             max_num_batched_tokens=self.policy.prefill_chunk if prefills else self.policy.decode_chunk,
-            long_prefill_token_threshold=0 if prefills else self.policy.long_prefill_tokens,
+            long_prefill_token_threshold=(
+                self.policy.prefiller_long_tokens if prefills else self.policy.long_prefill_tokens
+            ),
             enable_prefix_caching=self.policy.prefix_caching,
             host_blocks=blocks * HOST_TIMES if self.policy.host_tier else 0,
             cost=kind.cost,
@@ -79,14 +98,13 @@ class Fleet:
         bytes_per_s = self.engines[0].kind.transfer.bytes_per_s
         placement = replace(
             placement,
+            **dict(self.policy.placement),
             transfer_tokens_per_s=bytes_per_s // self.engines[0].kind.transfer.kv_bytes_per_token,
         )
         settings = BrokerSettings(
             placement=placement,
             wait_max_ms=_FOREVER,
             queue_max=1_000_000,
-            suspect_after_ms=_FOREVER,
-            gone_after_ms=_FOREVER,
         )
         specs = [
             EngineSpec(

@@ -59,4 +59,4 @@ def _prefill_us(kind: EngineKind, cached: int, prompt: int, chunk_tokens: int) -
 
 
 def _decode_us(kind: EngineKind, context: int, steps: int) -> int:
-    return sum(kind.cost.step_us(decodes=1, context_tokens=context + step, prefill_tokens=0) for step in range(steps))
+    return sum(kind.cost.decode_steps_us(decodes=1, context_tokens=context, steps=steps, within_us=1 << 60))

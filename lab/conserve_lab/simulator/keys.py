@@ -45,9 +45,9 @@ class _Joined(Sequence[int]):
     def __getitem__(self, index: slice) -> Sequence[int]: ...
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            assert (start, step) == (0, 1), "prompts are cut at their end only"
-            return _Joined(min(self._shared, stop), self._own_keys[: max(stop - self._shared, 0)])
+            start, stop, _ = index.indices(len(self))
+            own = self._own_keys[max(start - self._shared, 0) : max(stop - self._shared, 0)]
+            return own if start >= self._shared else [*range(start, min(self._shared, stop)), *own]
         if index < self._shared:
             return index
         return self._own_keys[index - self._shared]

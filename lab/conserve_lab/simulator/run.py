@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from conserve_lab.hardware import EngineKind
 from conserve_lab.simulator.agent import Agent, Story
 from conserve_lab.simulator.engine import SimulatedEngine
+from conserve_lab.simulator.faults import Fault, plan_faults
 from conserve_lab.simulator.fleet import Fleet
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.kernel import Kernel
@@ -49,13 +50,16 @@ def simulate(
     *,
     per_s: float,
     seed: int,
+    burst: int = 1,
+    faults: tuple[Fault, ...] = (),
 ) -> Outcome:
-    """Let the conversations arrive, `per_s` a second, and play them to their ends.
+    """Let the conversations arrive, `per_s` a second and `burst` at a time, and play them to their ends.
 
     The same arguments give the same outcome, to the microsecond.
     """
     kernel = Kernel()
     fleet = Fleet(kernel, policy, kinds)
+    plan_faults(fleet, faults)
     gaps = Gaps()
     left = len(conversations)
     agents: list[Agent] = []
@@ -71,7 +75,7 @@ def simulate(
         agents.append(agent)
         agent.start()
 
-    arrivals = poisson_arrivals(len(conversations), per_s=per_s, seed=seed)
+    arrivals = poisson_arrivals(len(conversations), per_s=per_s, seed=seed, burst=burst)
     for number, (at_us, conversation) in enumerate(zip(arrivals, conversations, strict=True)):
         kernel.at(at_us, lambda number=number, conversation=conversation: arrive(number, conversation))  # type: ignore[misc]
     events = 0
@@ -83,7 +87,7 @@ def simulate(
         conversations=tuple(conversations),
         stories=tuple(agent.story for agent in agents),
         last_gaps=gaps,
-        span_us=kernel.now_us,
+        span_us=max(agent.story.done_us for agent in agents),
         engines=tuple(fleet.engines),
         events=events,
     )

@@ -71,6 +71,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "kilojoules": round(joules / 1000, 1),
         "reprefilled_tokens": sum(story.reprefilled_tokens for story in outcome.stories),
         "moved_tokens": outcome.moved_tokens,
+        "lost_calls": sum(story.lost_calls for story in outcome.stories),
         "migrations": sum(story.migrations for story in outcome.stories),
     }
 

@@ -1,7 +1,8 @@
 """Reads published traces. Each line of a JSONL file (or `.jsonl.gz`) is a conversation or a request.
 
 Understood: ConServe's own sizes (`turns` with `input_tokens_new` and `output_tokens`), OpenAI messages (`messages`),
-and Mooncake's and aiperf's request lines (`input_length`, `output_length`, with `session_id` where they have turns).
+Mooncake's and aiperf's request lines (`input_length`, `output_length`, with `session_id` where they have turns), and
+TraceLab's rounds (`input_tokens_total`, `output_tokens`, `session_id`, `tools` with their latencies).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
     rows = list(_rows(path))
     if rows and "input_length" in rows[0]:
         found = _from_requests(rows, path)
+    elif rows and "input_tokens_total" in rows[0]:
+        found = _from_rounds(rows, path)
     else:
         found = tuple(_conversation(row, f"{path.name}:{number}") for number, row in enumerate(rows, start=1))
     if not found:
@@ -126,3 +129,40 @@ def _from_requests(rows: Sequence[dict[str, Any]], path: Path) -> tuple[Conversa
             raise WorkloadError(f"{path}, session {name}: {type(error).__name__}: {error}") from error
         found.append(Conversation(conversation_id=name, turns=tuple(turns)))
     return tuple(found)
+
+
+def _from_rounds(rows: Sequence[dict[str, Any]], path: Path) -> tuple[Conversation, ...]:
+    """TraceLab: a line a round. A context that shrinks was compacted: what follows is another conversation."""
+    found: list[Conversation] = []
+    sessions: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sessions.setdefault(str(row.get("session_id")), []).append(row)
+    for name, rounds in sessions.items():
+        try:
+            ordered = sorted(rounds, key=lambda row: int(row["round_index"]))
+            for part, turns in enumerate(_uncompacted(ordered), start=1):
+                found.append(Conversation(conversation_id=f"{name}.{part}", turns=tuple(turns)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkloadError(f"{path}, session {name}: {type(error).__name__}: {error}") from error
+    return tuple(found)
+
+
+def _uncompacted(rounds: Sequence[dict[str, Any]]) -> Iterator[list[Turn]]:
+    turns: list[Turn] = []
+    context = 0
+    for row in rounds:
+        total, output = int(row["input_tokens_total"]), max(int(row["output_tokens"]), 1)
+        if turns and total <= context:
+            yield turns
+            turns, context = [], 0
+        tools_ms = [float(tool.get("tool_wall_latency_ms") or 0) for tool in row.get("tools") or []]
+        turns.append(
+            Turn(
+                append_tokens=max(total - context, 1),
+                output_tokens=output,
+                gap_us=round(max(tools_ms, default=0.0) * 1000),  # tools of one round run beside each other
+            )
+        )
+        context = max(total, 1) + output
+    if turns:
+        yield turns
