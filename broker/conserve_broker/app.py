@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Header
+from fastapi import FastAPI, Header, Query
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from conserve_broker.dashboard import add_dashboard
+from conserve_broker.feed import EventStream, Feed
+from conserve_broker.logbook import trace_id
 from conserve_broker.metrics import METRICS_MEDIA_TYPE, BrokerMetrics
 from conserve_broker.service import Readiness, Waiter
-from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, no_route, too_large
+from conserve_broker.snapshot import HistoryInfo, Snapshot
+from conserve_broker.tracing import RequestSpan, Tracing
+from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, no_route, query_as_body, too_large
 from conserve_sdk.core.units import TenantId
 from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_SCHEME, PROBLEM_MEDIA_TYPE, Problem
 
@@ -53,6 +61,8 @@ def create_app(
     metrics: BrokerMetrics | None = None,
     tenant_of: TenantOf | None = None,
     more_routes: Sequence[Route[Any]] = (),
+    feed: Feed | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application over a service.
 
@@ -61,6 +71,8 @@ def create_app(
         metrics: what `/metrics` shows.
         tenant_of: the tenant of a request; everybody is ``default`` without it.
         more_routes: served beside those of the desk.
+        feed: what `/v1/events` and the dashboard at `/` show; neither is there without it.
+        tracing: makes spans of requests; none without it.
     """
     app = FastAPI(
         title="ConServe broker",
@@ -71,10 +83,13 @@ def create_app(
         redirect_slashes=False,
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
-    serve = _Server(service, tenant_of or (lambda _: TenantId("default")))
+    serve = _Server(service, tenant_of or (lambda _: TenantId("default")), tracing)
     for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
     _add_probes(app, service, metrics)
+    if feed is not None:
+        _add_events(app, feed)
+        add_dashboard(app)
     _say_problem_json(app)
     return app
 
@@ -82,13 +97,22 @@ def create_app(
 class _Server:
     """Carries one request from Starlette to the service and back."""
 
-    def __init__(self, service: Answering, tenant_of: TenantOf) -> None:
+    def __init__(self, service: Answering, tenant_of: TenantOf, tracing: Tracing | None) -> None:
         self._service = service
         self._tenant_of = tenant_of
+        self._tracing = tracing
 
     async def __call__(self, route: Route[Any], request: Request) -> Response:
+        if self._tracing is None:
+            trace_id.set(_trace_of(request))
+            return await self._serve(route, request, None)
+        with self._tracing.request(route.name, request.headers) as span:
+            trace_id.set(_trace_of(request) if span is None else span.trace_id)
+            return await self._serve(route, request, span)
+
+    async def _serve(self, route: Route[Any], request: Request, span: RequestSpan | None) -> Response:
         try:
-            raw = await _body(request) if route.body is not None else b""
+            raw = await _raw(route, request)
         except ProblemRaised as problem:
             return _response(problem.reply)
         except ClientDisconnect:
@@ -101,19 +125,25 @@ class _Server:
             lease_token=token if scheme == LEASE_SCHEME else "",
             raw=raw,
         )
+        reply: Reply | None
         if isinstance(answer, Waiter):
-            return await _wait(answer, request)
-        return _response(answer)
+            with nullcontext() if self._tracing is None else self._tracing.waiting():
+                reply = await _wait(answer, request)
+        else:
+            reply = answer
+        if reply is None:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if span is not None:
+            span.answered(reply)
+        return _response(reply)
 
 
-async def _wait(waiter: Waiter, request: Request) -> Response:
-    """Wait for admission and for the client's patience, whichever ends first."""
+async def _wait(waiter: Waiter, request: Request) -> Reply | None:
+    """Wait for admission and for the client's patience, whichever ends first; None: the client went away."""
     reply, gone = asyncio.ensure_future(waiter.reply()), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({reply, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if reply.done():
-            return _response(reply.result())
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return reply.result() if reply.done() else None
     finally:
         if not reply.done():
             waiter.cancel()
@@ -125,6 +155,21 @@ async def _wait(waiter: Waiter, request: Request) -> Response:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+
+def _trace_of(request: Request) -> str:
+    """The trace of the caller (W3C Trace Context), for the log; empty without a good `traceparent`."""
+    found = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    return "" if found is None else found[1]
+
+
+async def _raw(route: Route[Any], request: Request) -> bytes:
+    if route.query is not None:
+        return query_as_body(request.query_params.multi_items())
+    return b"" if route.body is None else await _body(request)
 
 
 async def _body(request: Request) -> bytes:
@@ -190,6 +235,9 @@ def _documented(route: Route[Any]) -> Callable[..., Any]:
     ]
     if route.body is not None:
         parameters.append(inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY, annotation=route.body))
+    if route.query is not None:
+        query = Annotated[route.query, Query()]  # type: ignore[name-defined]  # a class that is known at run time only
+        parameters.append(inspect.Parameter("query", inspect.Parameter.KEYWORD_ONLY, annotation=query))
     if route.holder:
         holder = Annotated[str, Header(description="`Lease <token>`: proves that the caller holds the lease")]
         parameters.append(inspect.Parameter("authorization", inspect.Parameter.KEYWORD_ONLY, annotation=holder))
@@ -247,6 +295,34 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None)
         @app.get("/metrics", tags=["probes"], summary="Prometheus metrics", response_class=Response)
         async def metrics_page() -> Response:
             return Response(metrics.page(), media_type=METRICS_MEDIA_TYPE)
+
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+def _add_events(app: FastAPI, feed: Feed) -> None:
+    @app.get(
+        "/v1/events",
+        tags=["events"],
+        summary="The broker's state once a second, as server-sent events",
+        response_class=EventStream,
+        responses={
+            200: {
+                "description": "Events `history` (once, first) and `snapshot` (whole, with an id); comments in between",
+                "content": {"text/event-stream": {"schema": {"anyOf": [_schema(HistoryInfo), _schema(Snapshot)]}}},
+            },
+            503: {"model": Problem},
+        },
+    )
+    async def read_events(
+        last_event_id: Annotated[str, Header(description="Of the last event seen: it is not sent again")] = "",
+    ) -> EventStream:
+        return EventStream(feed, last_event_id=last_event_id)
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model that is no answer of a route of its own, with its parts inside."""
+    return model.model_json_schema(ref_template="#/components/schemas/{model}")
 
 
 # ---- problems of the framework ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from conserve_broker.clock import BrokerClock
 from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
-from conserve_broker.logbook import Log, logger, write_decisions
+from conserve_broker.logbook import Log, Logbook, logger
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
@@ -136,6 +136,7 @@ class BrokerService:
         self.clock = clock or BrokerClock()
         self.settings = settings
         self.log = log or logger()
+        self._logbook = Logbook(self.log)
         self._desk = Desk(self.core, settings=settings, signer=signer, new_id=self._new_id)
         self._engines = tuple(engines)
         self._journal = journal
@@ -253,6 +254,7 @@ class BrokerService:
         future = self._waiters.pop(request_id, None)
         if future is not None:
             future.cancel()
+            self._logbook.forget(request_id)
             self.feed(RequestCancelled(now_ms=self.clock.now_ms(), request_id=request_id))
 
     async def once_durable(self, reply: Reply, commit: asyncio.Future[None] | None) -> Reply:
@@ -290,7 +292,7 @@ class BrokerService:
             if future is not None and not future.done():
                 future.set_result(_Settled(reply, commit))
         self._observer.decided(outcome)
-        write_decisions(self.log, outcome.decisions)
+        self._logbook.write(outcome)
         self._arm_timer()
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None

@@ -29,6 +29,7 @@ from conserve_broker._config_tables import (
     Table,
     TokenKeyTable,
     TokenTable,
+    WatchTable,
     to_ppm,
 )
 from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
@@ -51,6 +52,7 @@ __all__ = [
     "ScrapeTable",
     "StoreTable",
     "TokenTable",
+    "WatchTable",
     "load_config",
 ]
 
@@ -68,6 +70,7 @@ class BrokerConfig(Table):
     store: StoreTable = Field(default_factory=StoreTable)
     token: TokenTable = TokenTable()
     scrape: ScrapeTable = ScrapeTable()
+    watch: WatchTable = WatchTable()
     discovery: DiscoveryTable = DiscoveryTable()
     registration: RegistrationTable = RegistrationTable()
     engine: tuple[EngineTable, ...] = ()
@@ -222,6 +225,7 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "token": TokenTable,
         "token.keys": TokenKeyTable,
         "scrape": ScrapeTable,
+        "watch": WatchTable,
         "discovery": DiscoveryTable,
         "discovery.dns": DnsTable,
         "registration": RegistrationTable,

@@ -5,8 +5,8 @@ round it. Every rule of the protocol that is not the core's stands here once: ro
 """
 
 from conserve_sdk._desk.desk import Desk
-from conserve_sdk._desk.outcome import Call, Outcome, Reply
-from conserve_sdk._desk.problems import ProblemRaised, no_route, too_large
+from conserve_sdk._desk.outcome import Call, Outcome, Reply, query_as_body
+from conserve_sdk._desk.problems import ProblemRaised, no_route, problem, too_large
 from conserve_sdk._desk.routes import ROUTES, Route, find_route
 from conserve_sdk._desk.visit import NewId
 from conserve_sdk._desk.wire import engine_info, fleet_info
@@ -24,5 +24,7 @@ __all__ = [
     "find_route",
     "fleet_info",
     "no_route",
+    "problem",
+    "query_as_body",
     "too_large",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -20,7 +22,7 @@ class Call:
         tenant: who asks; the shell's authentication decides it.
         target: the lease or engine that the path names, or "".
         lease_token: what followed `Authorization: Lease `, or "".
-        raw: the body's bytes.
+        raw: the body's bytes, or the query's (`query_as_body`).
     """
 
     now_ms: Ms
@@ -28,6 +30,11 @@ class Call:
     target: str = ""
     lease_token: str = ""
     raw: bytes = b""
+
+
+def query_as_body(parameters: Iterable[tuple[str, str]]) -> bytes:
+    """A query in the form of a body, for routes that take one; of a name that is repeated the last one counts."""
+    return json.dumps(dict(parameters)).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ from conserve_sdk.core.units import (
     Tokens,
     TransferGroup,
 )
-from conserve_sdk.core.views import BrokerCounters, EngineView
+from conserve_sdk.core.views import BrokerCounters, EngineView, WaitingRequest
 
 __all__ = [
     "AFFINITY",
@@ -145,4 +145,5 @@ __all__ = [
     "TurnFinished",
     "TurnStarted",
     "Waiting",
+    "WaitingRequest",
 ]
