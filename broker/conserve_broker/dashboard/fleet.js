@@ -25,6 +25,12 @@ export function showFleet(state) {
   });
 }
 
+function figure(name) {
+  const shown = { sign: h("b"), share: h("b"), tokens: h("span") };
+  shown.place = h("span", {}, `${name} `, shown.sign, shown.share, shown.tokens);
+  return shown;
+}
+
 function make(id) {
   const cell = (kind, label, ...children) => h("div", { role: "cell", class: kind }, ...(label ? [h("span", { class: "label" }, label)] : []), ...children);
   const value = () => h("span");
@@ -32,7 +38,7 @@ function make(id) {
     name: h("b", {}, id), about: h("small"),
     badge: h("span", { class: "badge" }, h("span", { class: "sign", "aria-hidden": "true" }), h("span")), detail: h("small"),
     active: h("i", { class: "active" }), cold: h("i", { class: "cold" }), used: h("i", { class: "used" }), limit: h("i", { class: "limit" }),
-    ledger: h("span"), scraped: h("span"),
+    ledger: figure("ledger"), scraped: figure("scraped"), capacity: h("span"),
     leases: value(), backlog: value(), running: value(), rate: value(), seen: value(),
     button: h("button", { type: "button", class: "plain" }),
   };
@@ -40,7 +46,7 @@ function make(id) {
     "div", { role: "row", class: "row", "data-engine": id },
     cell("engine", "", row.name, row.about),
     cell("state", "", row.badge, row.detail),
-    cell("kv", "", h("div", { class: "bar", "aria-hidden": "true" }, row.active, row.cold, row.limit), h("div", { class: "bar thin", "aria-hidden": "true" }, row.used), h("small", {}, row.ledger, row.scraped)),
+    cell("kv", "", h("div", { class: "bar", "aria-hidden": "true" }, row.active, row.cold, row.limit), h("div", { class: "bar thin", "aria-hidden": "true" }, row.used), h("small", {}, row.ledger.place, row.scraped.place, row.capacity)),
     cell("num", "Busy / leases", row.leases), cell("num", "Backlog", row.backlog), cell("num", "Run / wait", row.running),
     cell("num", "Prefill rate", row.rate), cell("num", "Seen", row.seen),
     cell("act", "", row.button),
@@ -63,8 +69,15 @@ function update(row, engine, watermarkPpm) {
   row.cold.style.width = wide(engine.kv_leased_tokens - engine.kv_active_tokens);
   row.used.style.width = wide(engine.kv_used_tokens);
   row.limit.style.left = `calc(${watermarkPpm / 10_000}% - 2px)`;
-  text(row.ledger, `ledger ${tokens(engine.kv_leased_tokens)} (${percent(engine.kv_leased_tokens, all)})`);
-  text(row.scraped, `scraped ${tokens(engine.kv_used_tokens)} (${percent(engine.kv_used_tokens, all)}) of ${all ? tokens(all) : "?"} tokens`);
+  for (const [shown, part] of [[row.ledger, engine.kv_leased_tokens], [row.scraped, engine.kv_used_tokens]]) {
+    text(shown.share, percent(part, all));
+    text(shown.tokens, ` ${tokens(part)}`);
+  }
+  const over = all > 0 && 1_000_000 * engine.kv_leased_tokens > watermarkPpm * all;
+  set(row.ledger.place, "class", over ? "over" : "");
+  set(row.ledger.place, "title", over ? "above the watermark: it gets no new lease" : "");
+  text(row.ledger.sign, over ? "▲ " : "");
+  text(row.capacity, all ? `of ${tokens(all)} tokens` : "capacity unknown");
   text(row.leases, `${whole(engine.busy)} / ${whole(engine.leases)}`);
   text(row.backlog, `${tokens(engine.backlog_tokens)} tok`);
   text(row.running, `${whole(engine.running)} / ${whole(engine.waiting)}`);

@@ -31,6 +31,7 @@ export function showOverview(state, grantsLastMinute) {
 export function showQueue(state) {
   const list = byId("queue");
   byId("queue-empty").hidden = state.waiting.length > 0;
+  list.hidden = state.waiting.length === 0;
   const more = state.waiting_requests - state.waiting.length;
   text(byId("queue-count"), state.waiting_requests ? count(state.waiting_requests, "request") : "");
   while (list.children.length > state.waiting.length) list.lastElementChild.remove();

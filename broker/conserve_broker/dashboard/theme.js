@@ -5,18 +5,19 @@ import { byId } from "./dom.js";
 const system = matchMedia("(prefers-color-scheme: dark)");
 const NAME = "conserve-theme";
 
+let chosen = remembered();
+
 export function wireTheme() {
   show();
   system.addEventListener("change", show);
   byId("theme").addEventListener("click", () => {
-    remember(current() === "dark" ? "light" : "dark");
+    chosen = current() === "dark" ? "light" : "dark";
+    remember(chosen);
     show();
   });
 }
 
-function current() {
-  return remembered() ?? (system.matches ? "dark" : "light");
-}
+const current = () => chosen ?? (system.matches ? "dark" : "light");
 
 function show() {
   const theme = current();
@@ -28,7 +29,7 @@ function remembered() {
   try {
     return localStorage.getItem(NAME);
   } catch {
-    return null; // storage is forbidden: the system's choice counts
+    return null; // storage is forbidden: the choice lasts as long as the page
   }
 }
 
@@ -36,6 +37,6 @@ function remember(theme) {
   try {
     localStorage.setItem(NAME, theme);
   } catch {
-    document.documentElement.dataset.theme = theme;
+    // see above
   }
 }
