@@ -269,11 +269,27 @@ def _as_problem(item: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """A response as it really is; under the status "" when it never comes."""
     status, response = item
     content = response.get("content", {}).get("application/json")
-    if content is None or not status.startswith(("4", "5")):
+    kind = "" if content is None else content["schema"].get("$ref", "").rpartition("/")[2]
+    if kind not in {"Problem", "HTTPValidationError"}:
         return item
-    if content["schema"].get("$ref", "").endswith("/HTTPValidationError"):
+    if kind == "HTTPValidationError":
         return "", response
     return status, {**response, "content": {PROBLEM_MEDIA_TYPE: content}}
+
+
+class ReadinessInfo(BaseModel):
+    """Answer to `GET /readyz`.
+
+    Attributes:
+        role: `alone`, or `leader` or `standby` among replicas.
+        reasons: why no new conversation can be served here; empty when ready.
+        warnings: what somebody should look at all the same.
+    """
+
+    ready: bool
+    role: str
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 # ---- probes -----------------------------------------------------------------------------------------------------
@@ -284,11 +300,16 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None)
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["probes"], summary="New conversations can be served")
+    @app.get(
+        "/readyz",
+        tags=["probes"],
+        summary="New conversations can be served, or why not",
+        responses={200: {"model": ReadinessInfo}, 503: {"model": ReadinessInfo}},
+    )
     async def readyz() -> JSONResponse:
         state = service.readiness()
-        body = {"ready": state.ready, "role": state.role, "reasons": state.reasons, "warnings": state.warnings}
-        return JSONResponse(body, status_code=200 if state.ready else 503)
+        told = ReadinessInfo(ready=state.ready, role=state.role, reasons=state.reasons, warnings=state.warnings)
+        return JSONResponse(told.model_dump(), status_code=200 if state.ready else 503)
 
     if metrics is not None:
 
@@ -305,7 +326,8 @@ def _add_events(app: FastAPI, feed: Feed) -> None:
         "/v1/events",
         tags=["events"],
         summary="The broker's state once a second, as server-sent events",
-        response_class=EventStream,
+        response_class=Response,
+        response_model=None,
         responses={
             200: {
                 "description": "Events `history` (once, first) and `snapshot` (whole, with an id); comments in between",

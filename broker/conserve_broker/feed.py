@@ -138,8 +138,12 @@ class Feed:
 
     def _publish(self) -> None:
         snapshot = self._snapshot()
-        said = None if self._told is None else snapshot.model_copy(update={"at_ms": self._told.at_ms})
-        if snapshot.role == "standby" and said == self._told:
+        told = self._told
+        if (
+            snapshot.role == "standby"
+            and told is not None
+            and snapshot.model_copy(update={"at_ms": told.at_ms}) == told
+        ):
             return
         self._told = snapshot
         self._serial += 1

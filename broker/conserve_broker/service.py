@@ -220,9 +220,14 @@ class BrokerService:
             reasons.append("the broker is shutting down")
         if self._journal.failure:
             reasons.append(f"no new leases: {self._journal.failure}")
-        if all(view.state is not EngineState.READY for view in self.core.engines()):
+        views = self.core.engines()
+        served = {view.spec.model for view in views if view.state is EngineState.READY}
+        if not served:
             reasons.append("no engine is ready: see /v1/engines")
-        return Readiness(reasons=tuple(reasons))
+            return Readiness(reasons=tuple(reasons))
+        idle = sorted({view.spec.model for view in views} - served)
+        warnings = tuple(f"no engine of model {model} is ready: see /v1/engines" for model in idle)
+        return Readiness(reasons=tuple(reasons), warnings=warnings)
 
     # ---- requests -----------------------------------------------------------------------------------------------
 

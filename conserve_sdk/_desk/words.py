@@ -123,7 +123,7 @@ def _now(lease: LeaseExplanation) -> str:
     turns = "1 turn" if lease.turns == 1 else f"{lease.turns} turns"
     moved = "moved its KV once" if lease.migrations else "moved no KV"
     text = (
-        f"Now it is {lease.activity} since {span(lease.activity_for_ms)}; {turns} so far; it {moved}, holds "
+        f"It has been {lease.activity} for {span(lease.activity_for_ms)}, after {turns}; it {moved}, holds "
         f"{lease.ledger_tokens:,} tokens and ends in {span(lease.expires_in_ms)} unless renewed."
     )
     engine = lease.decoder_now
