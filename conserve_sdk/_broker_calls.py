@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import quote
@@ -100,16 +101,18 @@ class TryAgain(Exception):  # noqa: N818 -- a signal between the attempts of one
         self.throttled = throttled
 
 
-def acquire_call(request: LeaseRequest, *, wait_ms: int) -> BrokerCall:
+def acquire_call(request: LeaseRequest, *, wait_ms: int, trace: Mapping[str, str] | None = None) -> BrokerCall:
     """`POST /v1/leases`, with what is left of the patience as `wait_ms`."""
     body = request.model_copy(update={"wait_ms": wait_ms})
-    return _post("/v1/leases", body, wait_ms=wait_ms, conversation_id=request.conversation_id)
+    return _post("/v1/leases", body, wait_ms=wait_ms, conversation_id=request.conversation_id, trace=trace)
 
 
-def supersede_call(lease_id: str, request: SupersedeRequest, *, wait_ms: int) -> BrokerCall:
+def supersede_call(
+    lease_id: str, request: SupersedeRequest, *, wait_ms: int, trace: Mapping[str, str] | None = None
+) -> BrokerCall:
     """`POST /v1/leases/{id}/supersede`."""
     body = request.model_copy(update={"wait_ms": wait_ms})
-    return _post(f"{_lease_path(lease_id)}/supersede", body, wait_ms=wait_ms, lease_id=lease_id)
+    return _post(f"{_lease_path(lease_id)}/supersede", body, wait_ms=wait_ms, lease_id=lease_id, trace=trace)
 
 
 def park_call(lease_id: str, token: str) -> BrokerCall:
@@ -254,12 +257,13 @@ def _post(
     wait_ms: int = 0,
     conversation_id: str | None = None,
     lease_id: str | None = None,
+    trace: Mapping[str, str] | None = None,
 ) -> BrokerCall:
     return BrokerCall(
         method="POST",
         path=path,
         content=body.model_dump_json().encode(),
-        headers={"Content-Type": "application/json"},
+        headers={"Content-Type": "application/json", **(trace or {})},
         timeout_ms=wait_ms + ANSWER_TIMEOUT_MS,
         conversation_id=conversation_id,
         lease_id=lease_id,

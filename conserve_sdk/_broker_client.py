@@ -11,7 +11,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import httpx2
@@ -83,27 +83,31 @@ class SyncBrokerClient:
         """The brokers, in the order given."""
         return self._brokers.urls
 
-    def acquire(self, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
+    def acquire(self, request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None) -> LeaseGrant:
         """Ask for a lease; `request.wait_ms` of the budget may pass in the broker's queue.
+
+        `trace` holds headers (`traceparent`, `tracestate`) that let the broker join the caller's trace.
 
         Raises:
             LeaseRefused: not admitted within `wait_ms`.
         """
         return self._perform(
-            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms),
+            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms, trace=trace),
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
         )
 
-    def supersede(self, lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> LeaseGrant:
+    def supersede(
+        self, lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+    ) -> LeaseGrant:
         """Replace a lease whose engine failed.
 
         Raises:
             LeaseRefused: not admitted within `wait_ms`.
         """
         return self._perform(
-            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms),
+            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms, trace=trace),
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
@@ -201,19 +205,23 @@ class AsyncBrokerClient:
         self._start_afresh()
         call_in_forked_child(self._start_afresh)
 
-    async def acquire(self, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
+    async def acquire(
+        self, request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+    ) -> LeaseGrant:
         """See `SyncBrokerClient.acquire`."""
         return await self._perform(
-            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms),
+            lambda wait_ms: calls.acquire_call(request, wait_ms=wait_ms, trace=trace),
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
         )
 
-    async def supersede(self, lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> LeaseGrant:
+    async def supersede(
+        self, lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+    ) -> LeaseGrant:
         """See `SyncBrokerClient.supersede`."""
         return await self._perform(
-            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms),
+            lambda wait_ms: calls.supersede_call(lease_id, request, wait_ms=wait_ms, trace=trace),
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,

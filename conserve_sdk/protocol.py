@@ -22,6 +22,7 @@ Millis = Annotated[int, Field(ge=0, le=86_400_000)]
 
 REPORTS_MAX = 500
 RENEWALS_MAX = 500
+LEASES_LISTED_MAX = 500
 BODY_BYTES_MAX = 4 * 1024 * 1024
 """Longest request body the broker reads: a full batch of reports with tokens of the longest allowed size fits."""
 
@@ -279,6 +280,9 @@ class EngineInfo(_Wire):
     host_tier_tokens: int = 0
     prefill_share_ppm: int = 0
     lost_caches: int = 0
+    tier: str = ""
+    busy: int = 0
+    """Of `leases`, those that are in a turn."""
 
 
 class EngineRegistration(_Wire):
@@ -310,12 +314,79 @@ class EngineList(_Wire):
     engines: tuple[EngineInfo, ...]
 
 
+class LeaseQuery(_Wire):
+    """Query of `GET /v1/leases`; what is not given does not filter.
+
+    Attributes:
+        engine_id: decoder or prefiller.
+        min_age_ms, max_age_ms: time since the grant.
+        limit: leases in one answer at most. The broker also bounds how many it looks at, so an answer may hold fewer,
+            even none, and still name a `next_cursor`.
+        cursor: `next_cursor` of the answer before.
+    """
+
+    state: Literal["busy", "idle", "parked"] | None = None
+    engine_id: Identifier | None = None
+    tenant: Identifier | None = None
+    conversation_id: Identifier | None = None
+    model: Identifier | None = None
+    min_age_ms: Annotated[int, Field(ge=0, le=10_000_000_000)] = 0
+    max_age_ms: Annotated[int, Field(ge=0, le=10_000_000_000)] | None = None
+    limit: Annotated[int, Field(ge=1, le=LEASES_LISTED_MAX)] = 100
+    cursor: Annotated[str, Field(pattern=r"^([0-9]{1,12}-[0-9]{1,15})?$")] = ""
+
+
+class LeaseSummary(_Wire):
+    """One live lease in `GET /v1/leases`. No token.
+
+    Attributes:
+        prefiller, decoder: engine ids.
+        state_for_ms: how long it has been `state`.
+        rule: why this decoder; the whole receipt is at `/v1/leases/{id}/explain`.
+    """
+
+    lease_id: str
+    epoch: int
+    tenant: str
+    conversation_id: str
+    lineage: str
+    model: str
+    mode: Literal["migrate", "local"]
+    prefiller: str | None
+    decoder: str
+    state: Literal["busy", "idle", "parked"]
+    state_for_ms: int
+    granted_ago_ms: int
+    expires_in_ms: int
+    ledger_tokens: int
+    turns: int
+    migrations: int
+    rule: str
+
+
+class LeaseList(_Wire):
+    """Answer to `GET /v1/leases`, in the order in which the leases went live.
+
+    A lease that lives from the first page to the last is in one of them at least; it may be in two when others end
+    meanwhile.
+
+    Attributes:
+        live: live leases altogether, whatever the query.
+        next_cursor: None after the last page.
+    """
+
+    leases: tuple[LeaseSummary, ...]
+    live: int
+    next_cursor: str | None
+
+
 class LeaseExplanation(_Wire):
     """Answer to `GET /v1/leases/{id}/explain`: why the lease stands where it does, and how it does now. No token.
 
     Attributes:
         decision: the receipt of the placement, with the numbers as they were then.
         decoder_now: the decoder as the broker sees it now; None when it left the fleet.
+        in_words: the same in sentences.
     """
 
     lease_id: str
@@ -340,6 +411,7 @@ class LeaseExplanation(_Wire):
     decision: DecisionInfo
     decoder_now: EngineInfo | None
     prefiller_now: EngineInfo | None
+    in_words: tuple[str, ...] = ()
 
 
 class FleetInfo(_Wire):

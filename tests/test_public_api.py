@@ -119,6 +119,7 @@ PUBLIC: dict[str, list[str]] = {
         "TurnFinished",
         "TurnStarted",
         "Waiting",
+        "WaitingRequest",
     ],
     "conserve_sdk.telemetry": [
         "ConversationStats",

@@ -249,6 +249,17 @@ class ScrapeTable(Table):
     """An engine whose numbers are older gets no new lease, in milliseconds."""
 
 
+class WatchTable(Table):
+    """`[watch]`: what the broker tells those who operate it."""
+
+    log_format: Literal["text", "json"] = "text"
+    """`text` (one line for people) or `json` (one object a line, for collectors)."""
+    tracing: Literal["off", "otel"] = "off"
+    """`otel`: spans through OpenTelemetry's global tracer provider (extra `otel`), joined with the callers' traces."""
+    event_listeners_max: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """Dashboards and `conserve top` that may listen at once; 0: none."""
+
+
 class EngineTable(Table):
     """`[[engine]]`: one vLLM server."""
 

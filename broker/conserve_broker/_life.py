@@ -25,8 +25,10 @@ from conserve_broker._url_guard import UrlGuard
 from conserve_broker.app import create_app
 from conserve_broker.clock import BrokerClock, ResponsiveLoop
 from conserve_broker.dns_discovery import DnsWatcher
+from conserve_broker.feed import Feed
 from conserve_broker.front import Front
 from conserve_broker.gate import Gate
+from conserve_broker.history import Everyone, History
 from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
 from conserve_broker.membership import Membership
@@ -38,7 +40,9 @@ from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
 from conserve_broker.service import BrokerService
 from conserve_broker.settings import BrokerConfig
+from conserve_broker.snapshot import history_of, snapshot_of
 from conserve_broker.tls import ServerTls
+from conserve_broker.tracing import Tracing
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.units import EngineId
@@ -70,6 +74,7 @@ class Life:
         overrides: the command line's share of the configuration, for reloads.
         log: where decisions are logged.
         freeze_gc: see `BrokerService`.
+        tracing: makes spans, or None.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Life:
         overrides: Mapping[str, Any] | None,
         log: Log,
         freeze_gc: bool,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._listener = listener
@@ -94,6 +100,8 @@ class Life:
         self._freeze_gc = freeze_gc
         self._clock = BrokerClock()
         self._metrics = BrokerMetrics()
+        self._history = History()
+        self._tracing = tracing
         self._watcher: ConfigWatcher | None = None
         self._dns: DnsWatcher | None = None
         self._membership: Membership | None = None
@@ -106,6 +114,12 @@ class Life:
         self._address_guard = AddressGuard(UrlGuard(config.registration.allow).networks)
         self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
         self.front = Front(leadership=self._replica, warnings=self._warnings)
+        self._feed = Feed(
+            lambda: snapshot_of(self.front, now_ms=self._clock.now_ms()),
+            lambda: history_of(self._history),
+            listeners_max=config.watch.event_listeners_max,
+        )
+        self._metrics.watch_broker(role=lambda: self.front.readiness().role, listeners=lambda: self._feed.listeners)
         self._uvicorn = uvicorn.Config(
             create_app(
                 self.front,
@@ -113,6 +127,8 @@ class Life:
                 gate=self.gate,
                 engine_key=self._engine_key,
                 more_routes=registration_routes(config.registration, self._members),
+                feed=self._feed,
+                tracing=tracing,
             ),
             lifespan="off",
             ws="none",
@@ -201,7 +217,7 @@ class Life:
             journal=journal,
             grace_ms=self._config.lease.grace_ms,
             clock=self._clock,
-            observer=self._metrics,
+            observer=Everyone([self._metrics, self._history, *([self._tracing] if self._tracing else [])]),
             log=self._log,
             freeze_gc=self._freeze_gc,
         )
@@ -213,6 +229,7 @@ class Life:
             if now_ms - seen.now_ms <= self._config.scrape.suspect_after_ms:
                 service.feed(replace(seen, now_ms=self._clock.now_ms()))
         self._metrics.watch(service.core, clock=self._clock)
+        self._history.watch(service.core)
         self.front.service = service
 
     async def _follow_elections(self) -> None:
@@ -229,12 +246,14 @@ class Life:
         service, self.front.service = self.front.service, None
         self._members().end()
         self._metrics.forget()
+        self._history.forget()
         if service is not None:
             service.quiesce()
             await asyncio.to_thread(service.abandon)
 
     async def _hand_over(self) -> None:
         """The end is near: answer who waits, write what is queued, and let the next leader begin at once."""
+        self._feed.close()
         service = self.front.service
         if service is not None:
             service.quiesce()

@@ -30,12 +30,22 @@ __all__ = [
     "Command",
     "NoSuchEngineError",
     "advise",
+    "ask",
+    "client_for",
+    "engines_table",
     "explain",
     "list_engines",
+    "no_broker",
+    "output",
+    "print_json",
+    "refusal",
+    "seconds",
     "set_draining",
+    "unreachable",
 ]
 
 DEFAULT_URL = "http://127.0.0.1:7070"
+
 Command = Callable[[], None]
 
 _TIMEOUT_S = 10.0
@@ -59,11 +69,13 @@ def explain(broker_url: str, lease_id: str, *, as_json: bool) -> None:
     Raises:
         AdminError: unreachable broker, or no such live lease.
     """
-    found = _ask("GET", broker_url, f"/v1/leases/{quote(lease_id, safe='')}/explain", LeaseExplanation)
+    found = ask("GET", broker_url, f"/v1/leases/{quote(lease_id, safe='')}/explain", LeaseExplanation)
     if as_json:
         print_json(found)
         return
-    console = _console()
+    console = output()
+    for sentence in found.in_words:
+        console.print(f"- {sentence}", soft_wrap=True)
     console.print(_facts(found))
     console.print(_candidates(found))
 
@@ -74,11 +86,11 @@ def list_engines(broker_url: str, *, as_json: bool) -> None:
     Raises:
         AdminError: unreachable broker.
     """
-    found = _ask("GET", broker_url, "/v1/engines", EngineList)
+    found = ask("GET", broker_url, "/v1/engines", EngineList)
     if as_json:
         print_json(found)
     else:
-        _console().print(_engines(found.engines))
+        output().print(engines_table(found.engines))
 
 
 def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bool, wait: bool = False) -> None:
@@ -96,21 +108,21 @@ def set_draining(broker_url: str, engine_id: str, *, draining: bool, as_json: bo
     """
     verb = "drain" if draining else "undrain"
     path = f"/v1/engines/{quote(engine_id, safe='')}"
-    found = _ask("POST", broker_url, f"{path}/{verb}", EngineInfo)
+    found = ask("POST", broker_url, f"{path}/{verb}", EngineInfo)
     told = -1
     while wait and found.leases:
         if not as_json and found.leases != told:
             told = found.leases
-            _console().print(f"{engine_id}: {told} {'lease' if told == 1 else 'leases'} left")
+            output().print(f"{engine_id}: {told} {'lease' if told == 1 else 'leases'} left")
         time.sleep(_WAIT_POLL_S)
         try:
-            found = _ask("GET", broker_url, path, EngineInfo)
+            found = ask("GET", broker_url, path, EngineInfo)
         except NoSuchEngineError:
             found = found.model_copy(update={"leases": 0, "state": "gone"})
     if as_json:
         print_json(found)
     else:
-        _console().print(_engines((found,)))
+        output().print(engines_table((found,)))
 
 
 def advise(broker_url: str, *, as_json: bool) -> None:
@@ -119,11 +131,11 @@ def advise(broker_url: str, *, as_json: bool) -> None:
     Raises:
         AdminError: unreachable broker.
     """
-    found = _ask("GET", broker_url, "/v1/advice", AdviceInfo)
+    found = ask("GET", broker_url, "/v1/advice", AdviceInfo)
     if as_json:
         print_json(found)
         return
-    console = _console()
+    console = output()
     if not found.models:
         console.print("no engine is configured: add [[engine]] tables")
     for advice in found.models:
@@ -135,7 +147,7 @@ def print_json(answer: BaseModel) -> None:
     Console(soft_wrap=True, highlight=False, markup=False).print(answer.model_dump_json(indent=2))
 
 
-def _console() -> Console:
+def output() -> Console:
     """Standard output; where it is no terminal, lines are as long as they need to be."""
     console = Console(markup=False)
     if not console.is_terminal:
@@ -143,29 +155,61 @@ def _console() -> Console:
     return console
 
 
-def _ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answer:
+def ask(method: str, broker_url: str, path: str, answer: type[Answer]) -> Answer:
+    """One question to the broker.
+
+    Raises:
+        AdminError: unreachable broker, or it says no.
+    """
+    try:
+        with client_for(broker_url, timeout_s=_TIMEOUT_S) as client:
+            response = client.request(method, broker_url.rstrip("/") + path)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as fault:
+        raise unreachable(broker_url, fault) from fault
+    if response.is_success:
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError as fault:
+            raise no_broker(broker_url, response) from fault
+    raise refusal(broker_url, response)
+
+
+def client_for(broker_url: str, *, timeout_s: float) -> httpx2.Client:
+    """An HTTP client as operators use it: with their API key and certificates, without proxies.
+
+    Raises:
+        AdminError: the environment names a key or certificates that cannot be used.
+    """
     try:
         access = BrokerAccess.resolve()
         transport = httpx2.HTTPTransport(verify=access.verify([broker_url]))
     except AccessFaultError as fault:
         raise AdminError(str(fault)) from fault
+    return httpx2.Client(transport=transport, timeout=timeout_s, trust_env=False, headers=access.headers())
+
+
+def unreachable(broker_url: str, fault: Exception) -> AdminError:
+    """Nobody answers."""
+    return AdminError(f"no broker answers at {broker_url} ({fault}): start it, or correct --broker")
+
+
+def no_broker(broker_url: str, response: httpx2.Response) -> AdminError:
+    """Somebody else answers."""
+    return AdminError(
+        f"what answers at {broker_url} is no ConServe broker (status {response.status_code}): correct --broker"
+    )
+
+
+def refusal(broker_url: str, response: httpx2.Response) -> AdminError:
+    """The broker says no."""
     try:
-        with httpx2.Client(transport=transport, timeout=_TIMEOUT_S, trust_env=False) as client:
-            response = client.request(method, broker_url.rstrip("/") + path, headers=access.headers())
-    except (httpx2.HTTPError, httpx2.InvalidURL) as fault:
-        raise AdminError(f"no broker answers at {broker_url} ({fault}): start it, or correct --broker") from fault
-    try:
-        if response.is_success:
-            return answer.model_validate_json(response.content)
         problem = Problem.model_validate_json(response.content)
-    except ValidationError as fault:
-        raise AdminError(
-            f"what answers at {broker_url} is no ConServe broker (status {response.status_code}): correct --broker"
-        ) from fault
+    except ValidationError:
+        return no_broker(broker_url, response)
     if problem.status in (401, 403):
-        raise AdminError(f"{problem.detail} ({problem.code}): set {API_KEY_ENV} to a key that may")
+        return AdminError(f"{problem.detail} ({problem.code}): set {API_KEY_ENV} to a key that may")
     kind = NoSuchEngineError if problem.code == "engine_unknown" else AdminError
-    raise kind(f"{problem.detail} ({problem.code})")
+    return kind(f"{problem.detail} ({problem.code})")
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -181,13 +225,13 @@ def _facts(lease: LeaseExplanation) -> Table:
         "mode": lease.mode,
         "prefiller": lease.prefiller.engine_id if lease.prefiller else "none",
         "decoder": f"{lease.decoder.engine_id} ({lease.decoder_now.state if lease.decoder_now else 'gone'})",
-        "activity": f"{lease.activity} for {_seconds(lease.activity_for_ms)}",
+        "activity": f"{lease.activity} for {seconds(lease.activity_for_ms)}",
         "turns, migrations": f"{lease.turns}, {lease.migrations}",
         "ledger": f"{lease.ledger_tokens:,} tokens",
-        "granted": f"{_seconds(lease.granted_ago_ms)} ago, expires in {_seconds(lease.expires_in_ms)}",
+        "granted": f"{seconds(lease.granted_ago_ms)} ago, expires in {seconds(lease.expires_in_ms)}",
         "decoder chosen by": f"{lease.decision.rule} (preset {lease.decision.preset})",
         "prefill chosen by": lease.decision.prefill_rule,
-        "needed": f"{lease.decision.need_tokens:,} tokens, waited {_seconds(lease.decision.waited_ms)}",
+        "needed": f"{lease.decision.need_tokens:,} tokens, waited {seconds(lease.decision.waited_ms)}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -223,7 +267,7 @@ def _candidate_row(candidate: CandidateInfo) -> tuple[str, ...]:
     )
 
 
-def _engines(engines: tuple[EngineInfo, ...]) -> Group:
+def engines_table(engines: tuple[EngineInfo, ...]) -> Group:
     """A table, and below it why an engine is not ready: such lines are too long for a column."""
     table = Table(box=None, pad_edge=False)
     for name in ("engine", "role", "state", "model"):
@@ -241,7 +285,7 @@ def _engines(engines: tuple[EngineInfo, ...]) -> Group:
             str(engine.leases),
             str(engine.running),
             f"{engine.backlog_tokens:,}",
-            "never" if engine.observed_ago_ms is None else _seconds(engine.observed_ago_ms),
+            "never" if engine.observed_ago_ms is None else seconds(engine.observed_ago_ms),
         )
     details = [Text(f"{engine.engine_id}: {engine.detail}") for engine in engines if engine.detail]
     return Group(table, *details)
@@ -262,12 +306,13 @@ def _advice(advice: ModelAdvice, preset: str) -> Group:
         "active KV": f"{advice.kv_active_ppm / 10_000:.0f} % of the decoders",
         "prefill work": f"{advice.prefill_work_ppm / 1_000_000:.2f} engines",
         "first turns": f"{advice.first_turn_p50_tokens:,} uncached tokens in the median of {advice.grants} grants",
-        "queue": f"95 % waited at most {_seconds(advice.wait_p95_ms)}, {advice.waiting} wait now",
+        "queue": f"95 % waited at most {seconds(advice.wait_p95_ms)}, {advice.waiting} wait now",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return Group(table, *(Text(f"- {finding.text}") for finding in advice.findings))
 
 
-def _seconds(ms: int) -> str:
+def seconds(ms: int) -> str:
+    """A time span in seconds."""
     return f"{ms / 1000:.1f} s"

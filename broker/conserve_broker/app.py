@@ -9,21 +9,38 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Header
+from fastapi import FastAPI, Header, Query
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from conserve_broker.dashboard import add_dashboard
+from conserve_broker.feed import EventStream, Feed
 from conserve_broker.gate import Gate
+from conserve_broker.logbook import trace_id
 from conserve_broker.metrics import METRICS_MEDIA_TYPE, BrokerMetrics
 from conserve_broker.service import Readiness, Waiter
-from conserve_sdk._desk import ROUTES, ProblemRaised, Reply, Route, lease_token_in, no_route, too_large
+from conserve_broker.snapshot import HistoryInfo, Snapshot
+from conserve_broker.tracing import RequestSpan, Tracing
+from conserve_sdk._desk import (
+    ROUTES,
+    ProblemRaised,
+    Reply,
+    Route,
+    lease_token_in,
+    no_route,
+    query_as_body,
+    too_large,
+)
 from conserve_sdk.core.units import EngineId, TenantId
 from conserve_sdk.protocol import BODY_BYTES_MAX, LEASE_HEADER, PROBLEM_MEDIA_TYPE, Binding, LeaseGrant, Problem
 
@@ -63,6 +80,8 @@ def create_app(
     gate: Gate | None = None,
     engine_key: Callable[[EngineId], str] = lambda _: "",
     more_routes: Sequence[Route[Any]] = (),
+    feed: Feed | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI application over a service.
 
@@ -72,6 +91,8 @@ def create_app(
         gate: decides who asks and whether they may; everybody may do everything without it.
         engine_key: an engine's own API key, for callers who get it; "" for none.
         more_routes: served beside those of the desk.
+        feed: what `/v1/events` and the dashboard at `/` show; neither is there without it.
+        tracing: makes spans of requests; none without it.
     """
     app = FastAPI(
         title="ConServe broker",
@@ -83,10 +104,13 @@ def create_app(
         exception_handlers={HTTPException: _http_problem, Exception: _crash},
     )
     gate = gate or Gate()
-    serve = _Server(service, gate, engine_key)
+    serve = _Server(service, gate, engine_key, tracing)
     for route in (*ROUTES, *more_routes):
         app.router.routes.append(_fast_route(route, serve))
     _add_probes(app, service, metrics, gate)
+    if feed is not None:
+        _add_events(app, feed, gate)
+        add_dashboard(app)
     _say_problem_json(app)
     return app
 
@@ -94,15 +118,26 @@ def create_app(
 class _Server:
     """Carries one request from Starlette to the service and back."""
 
-    def __init__(self, service: Answering, gate: Gate, engine_key: Callable[[EngineId], str]) -> None:
+    def __init__(
+        self, service: Answering, gate: Gate, engine_key: Callable[[EngineId], str], tracing: Tracing | None
+    ) -> None:
         self._service = service
         self._gate = gate
         self._engine_key = engine_key
+        self._tracing = tracing
 
     async def __call__(self, route: Route[Any], request: Request) -> Response:
+        if self._tracing is None:
+            trace_id.set(_trace_of(request))
+            return await self._serve(route, request, None)
+        with self._tracing.request(route.name, request.headers) as span:
+            trace_id.set(_trace_of(request) if span is None else span.trace_id)
+            return await self._serve(route, request, span)
+
+    async def _serve(self, route: Route[Any], request: Request, span: RequestSpan | None) -> Response:
         try:
             caller = self._gate.admit(request.headers, *route.scopes)
-            raw = await _body(request) if route.body is not None else b""
+            raw = await _raw(route, request)
         except ProblemRaised as problem:
             return _response(problem.reply)
         except ClientDisconnect:
@@ -115,9 +150,16 @@ class _Server:
             lease_token=lease_token_in(request.headers),
             raw=raw,
         )
-        reply = await _waited(answer, request) if isinstance(answer, Waiter) else answer
+        reply: Reply | None
+        if isinstance(answer, Waiter):
+            with nullcontext() if self._tracing is None else self._tracing.waiting():
+                reply = await _waited(answer, request)
+        else:
+            reply = answer
         if reply is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        if span is not None:
+            span.answered(reply)
         if isinstance(reply.body, LeaseGrant) and self._gate.shares_engine_keys(caller):
             reply = replace(reply, body=self._with_keys(reply.body))
         return _response(reply)
@@ -149,6 +191,21 @@ async def _waited(waiter: Waiter, request: Request) -> Reply | None:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+
+def _trace_of(request: Request) -> str:
+    """The trace of the caller (W3C Trace Context), for the log; empty without a good `traceparent`."""
+    found = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    return "" if found is None else found[1]
+
+
+async def _raw(route: Route[Any], request: Request) -> bytes:
+    if route.query is not None:
+        return query_as_body(request.query_params.multi_items())
+    return b"" if route.body is None else await _body(request)
 
 
 async def _body(request: Request) -> bytes:
@@ -215,6 +272,9 @@ def _documented(route: Route[Any]) -> Callable[..., Any]:
     ]
     if route.body is not None:
         parameters.append(inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY, annotation=route.body))
+    if route.query is not None:
+        query = Annotated[route.query, Query()]  # type: ignore[name-defined]  # a class that is known at run time only
+        parameters.append(inspect.Parameter("query", inspect.Parameter.KEYWORD_ONLY, annotation=query))
     if route.holder:
         holder = Annotated[
             str, Header(alias=LEASE_HEADER, description="The lease's token: proves that the caller holds the lease")
@@ -251,11 +311,29 @@ def _as_problem(item: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """A response as it really is; under the status "" when it never comes."""
     status, response = item
     content = response.get("content", {}).get("application/json")
-    if content is None or not status.startswith(("4", "5")):
+    kind = "" if content is None else content["schema"].get("$ref", "").rpartition("/")[2]
+    if kind not in {"Problem", "HTTPValidationError"}:
         return item
-    if content["schema"].get("$ref", "").endswith("/HTTPValidationError"):
+    if kind == "HTTPValidationError":
         return "", response
     return status, {**response, "content": {PROBLEM_MEDIA_TYPE: content}}
+
+
+class ReadinessInfo(BaseModel):
+    """Answer to `GET /readyz`.
+
+    Attributes:
+        role: `alone`, or `leader` or `standby` among replicas.
+        access: `keys` where callers need one, else `open`.
+        reasons: why no new conversation can be served here; empty when ready.
+        warnings: what somebody should look at all the same.
+    """
+
+    ready: bool
+    role: str
+    access: str
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 # ---- probes -----------------------------------------------------------------------------------------------------
@@ -266,17 +344,22 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None,
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["probes"], summary="New conversations can be served")
+    @app.get(
+        "/readyz",
+        tags=["probes"],
+        summary="New conversations can be served, or why not",
+        responses={200: {"model": ReadinessInfo}, 503: {"model": ReadinessInfo}},
+    )
     async def readyz() -> JSONResponse:
         state = service.readiness()
-        body = {
-            "ready": state.ready,
-            "role": state.role,
-            "access": "keys" if gate.closed else "open",
-            "reasons": state.reasons,
-            "warnings": state.warnings,
-        }
-        return JSONResponse(body, status_code=200 if state.ready else 503)
+        told = ReadinessInfo(
+            ready=state.ready,
+            role=state.role,
+            access="keys" if gate.closed else "open",
+            reasons=state.reasons,
+            warnings=state.warnings,
+        )
+        return JSONResponse(told.model_dump(), status_code=200 if state.ready else 503)
 
     if metrics is not None:
 
@@ -288,6 +371,44 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None,
                 except ProblemRaised as problem:
                     return _response(problem.reply)
             return Response(metrics.page(), media_type=METRICS_MEDIA_TYPE)
+
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+def _add_events(app: FastAPI, feed: Feed, gate: Gate) -> None:
+    @app.get(
+        "/v1/events",
+        tags=["events"],
+        summary="The broker's state once a second, as server-sent events",
+        response_class=Response,
+        response_model=None,
+        responses={
+            200: {
+                "description": "Events `history` (once, first) and `snapshot` (whole, with an id); comments in between",
+                "content": {"text/event-stream": {"schema": {"anyOf": [_schema(HistoryInfo), _schema(Snapshot)]}}},
+            },
+            401: {"model": Problem},
+            403: {"model": Problem},
+            429: {"model": Problem},
+            503: {"model": Problem},
+        },
+        openapi_extra={"x-scopes": ["admin"]},
+    )
+    async def read_events(
+        request: Request,
+        last_event_id: Annotated[str, Header(description="Of the last event seen: it is not sent again")] = "",
+    ) -> Response:
+        try:
+            gate.admit(request.headers)
+        except ProblemRaised as problem:
+            return _response(problem.reply)
+        return EventStream(feed, last_event_id=last_event_id)
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model that is no answer of a route of its own, with its parts inside."""
+    return model.model_json_schema(ref_template="#/components/schemas/{model}")
 
 
 # ---- problems of the framework ----------------------------------------------------------------------------------

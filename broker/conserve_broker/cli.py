@@ -1,4 +1,4 @@
-"""The broker's commands: `conserve broker`, `explain`, `engines`, `advise`, `drain` and `undrain`.
+"""The broker's commands: `conserve broker`, `explain`, `engines`, `leases`, `top`, `advise`, `drain` and `undrain`.
 
 Exit codes: 0 fine, 1 something failed (unreachable broker, unknown lease), 2 wrong usage or configuration.
 """
@@ -20,16 +20,30 @@ from conserve_broker import _config_errors, admin
 from conserve_broker.api_keys import new_key
 from conserve_broker.check import check_config
 from conserve_broker.journal import JournalError
-from conserve_broker.logbook import LOGGER_NAME
+from conserve_broker.lease_listing import list_leases
+from conserve_broker.logbook import LOGGER_NAME, JsonFormatter
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import ConfigProblem, load_config
+from conserve_broker.top import top
 from conserve_sdk._desk import Scope
+from conserve_sdk.protocol import LeaseQuery
 
-__all__ = ["advise_main", "broker_main", "drain_main", "engines_main", "explain_main", "undrain_main"]
+__all__ = [
+    "advise_main",
+    "broker_main",
+    "drain_main",
+    "engines_main",
+    "explain_main",
+    "leases_main",
+    "top_main",
+    "undrain_main",
+]
 
 _FAILED = 1
 _WRONG_USAGE = 2
 _LEVELS = ("debug", "info", "warning", "error")
+_FORMATS = ("text", "json")
+_LEASE_STATES = ("busy", "idle", "parked")
 
 BrokerUrl = Annotated[
     str, typer.Option("--broker", envvar="CONSERVE_BROKER_URL", help="Where the broker answers, e.g. http://host:7070.")
@@ -48,6 +62,8 @@ explain_app = _application("Explain why a lease stands where it does.")
 engines_app = _application("List, drain and undrain engines.")
 drain_app = _application("Give an engine no new leases; those it has live on.")
 undrain_app = _application("Let a drained engine take leases again.")
+leases_app = _application("List live leases.")
+top_app = _application("Watch a broker and its fleet in the terminal.")
 advise_app = _application("Say which placement a running fleet's figures call for.")
 
 
@@ -74,6 +90,16 @@ def drain_main(argv: Sequence[str]) -> int:
 def undrain_main(argv: Sequence[str]) -> int:
     """`conserve undrain ENGINE`, short for `conserve engines undrain`."""
     return _run(undrain_app, argv, name="conserve undrain")
+
+
+def leases_main(argv: Sequence[str]) -> int:
+    """`conserve leases [--state STATE] [--engine ENGINE] ...`."""
+    return _run(leases_app, argv, name="conserve leases")
+
+
+def top_main(argv: Sequence[str]) -> int:
+    """`conserve top [--once] [--json] [--plain]`."""
+    return _run(top_app, argv, name="conserve top")
 
 
 def advise_main(argv: Sequence[str]) -> int:
@@ -103,10 +129,14 @@ def _fail(code: int, *lines: str) -> NoReturn:
 @broker_app.callback(invoke_without_command=True)
 def serve(
     context: typer.Context,
+    *,
     config: Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind instead of listen.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind instead of listen.port; 0: any free one.")] = None,
     log_level: Annotated[str, typer.Option(help=f"One of {', '.join(_LEVELS)}.")] = "info",
+    log_format: Annotated[
+        str | None, typer.Option(help=f"Instead of watch.log_format: {' or '.join(_FORMATS)}.")
+    ] = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM."""
     if context.invoked_subcommand is not None:
@@ -115,13 +145,18 @@ def serve(
         _fail(_WRONG_USAGE, f"--log-level {log_level}: choose one of {', '.join(_LEVELS)}")
     if config is None:
         _fail(_WRONG_USAGE, "which configuration? give --config broker.toml (broker/broker.example.toml is a start)")
-    _log_to_stderr(log_level)
+    if log_format not in {None, *_FORMATS}:
+        _fail(_WRONG_USAGE, f"--log-format {log_format}: choose one of {', '.join(_FORMATS)}")
+    _log_to_stderr(log_level, log_format or "text")
     listen = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     overrides: dict[str, Any] = {"listen": listen} if listen else {}
+    if log_format is not None:
+        overrides["watch"] = {"log_format": log_format}
     try:
         settings = load_config(config, overrides=overrides)
+        _log_to_stderr(log_level, settings.watch.log_format)
         for warning in settings.warnings():
-            typer.echo(f"warning: {warning}", err=True)
+            _warn(warning, settings.watch.log_format)
         BrokerServer(settings, config_path=config, overrides=overrides).serve_forever()
     except ConfigProblem as problem:
         _fail(_WRONG_USAGE, *problem.problems)
@@ -166,10 +201,19 @@ def keygen(
     typer.echo(f"# For broker.toml; a running broker takes it over within a second:\n{key.toml()}")
 
 
-def _log_to_stderr(level: str) -> None:
+def _warn(warning: str, log_format: str) -> None:
+    if log_format == "json":
+        logging.getLogger(LOGGER_NAME).warning("%s", warning)
+    else:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _log_to_stderr(level: str, log_format: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(message)s", force=True
     )
+    if log_format == "json":
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter())
     logging.getLogger(LOGGER_NAME).setLevel(level.upper())
 
 
@@ -214,6 +258,48 @@ def drain(
 def undrain(engine: EngineArgument, broker: BrokerUrl = admin.DEFAULT_URL, as_json: AsJson = False) -> None:
     """Let a drained engine take leases again."""
     _show(lambda: admin.set_draining(broker, engine, draining=False, as_json=as_json))
+
+
+# ---- conserve leases and top ------------------------------------------------------------------------------------
+
+
+@leases_app.command()
+def leases(
+    *,
+    state: Annotated[str | None, typer.Option(help=f"One of {', '.join(_LEASE_STATES)}.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Engine that is its decoder or prefiller.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant.")] = None,
+    conversation: Annotated[str | None, typer.Option(help="Conversation id.")] = None,
+    older_than_s: Annotated[float, typer.Option("--older-than", min=0, help="Age in seconds at least.")] = 0,
+    younger_than_s: Annotated[
+        float | None, typer.Option("--younger-than", min=0, help="Age in seconds at most.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many at most.")] = 100,
+    broker: BrokerUrl = admin.DEFAULT_URL,
+    as_json: AsJson = False,
+) -> None:
+    """List live leases, oldest first."""
+    given = {"state": state, "engine_id": engine, "tenant": tenant, "conversation_id": conversation}
+    ages = {"min_age_ms": round(older_than_s * 1000)}
+    if younger_than_s is not None:
+        ages["max_age_ms"] = round(younger_than_s * 1000)
+    try:
+        query = LeaseQuery.model_validate({**given, **ages})
+    except ValidationError as fault:
+        wrong = fault.errors()[0]
+        _fail(_WRONG_USAGE, f"--{str(wrong['loc'][0]).removesuffix('_id')} {wrong['input']}: {wrong['msg']}")
+    _show(lambda: list_leases(broker, query, as_json=as_json, limit=limit))
+
+
+@top_app.command()
+def watch(
+    broker: BrokerUrl = admin.DEFAULT_URL,
+    once: Annotated[bool, typer.Option("--once", help="End after the first snapshot.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print snapshots one below the other.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Show fleet, leases, queue and totals, a snapshot a second, until interrupted."""
+    _show(lambda: top(broker, once=once, as_json=as_json, plain=plain))
 
 
 # ---- conserve advise --------------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ class Front:
             reason = "standby: a leader is being found, or does not say where it answers"
         return Readiness(reasons=(reason,), warnings=warnings, role="standby")
 
+    @property
+    def leader_url(self) -> str:
+        """Where the leader answers while this broker stands by; empty when it does not, or nobody knows."""
+        return "" if self._leadership is None or self._leads() else self._leadership.leader_url
+
     def _leads(self) -> bool:
         return self._leadership is None or self._leadership.leads()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,13 +15,14 @@ from conserve_sdk.core import MILLION, Broker, BrokerCounters, EngineView
 from conserve_sdk.core.events import EngineState, Granted
 from conserve_sdk.core.units import Ms
 
-__all__ = ["METRICS_MEDIA_TYPE", "BrokerMetrics"]
+__all__ = ["METRICS_MEDIA_TYPE", "ROLES", "BrokerMetrics"]
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FAST_S = (0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05)
 _WAIT_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _COMMIT_S = (0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+ROLES = ("alone", "leader", "standby")
 _GRANTING = frozenset({"request_lease", "supersede_lease"})
 
 
@@ -49,13 +50,16 @@ class BrokerMetrics(Observer):
             buckets=_COMMIT_S,
             registry=self.registry,
         )
-
         self._denied = Counter(
             "conserve_requests_denied",
             "Requests turned away because of their API key, by the problem's code",
             labelnames=["code"],
             registry=self.registry,
         )
+
+    def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
+        """Export what every broker has, one that stands by included."""
+        self.registry.register(_BrokerState(role, listeners))
 
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""
@@ -93,6 +97,20 @@ class BrokerMetrics(Observer):
         return generate_latest(self.registry)
 
 
+class _BrokerState(Collector):
+    def __init__(self, role: Callable[[], str], listeners: Callable[[], int]) -> None:
+        self._role = role
+        self._listeners = listeners
+
+    def collect(self) -> Iterable[Metric]:
+        role = GaugeMetricFamily("conserve_broker_role", "1 for the role this broker has now", labels=["role"])
+        now = self._role()
+        for each in ROLES:
+            role.add_metric([each], each == now)
+        yield role
+        yield GaugeMetricFamily("conserve_event_listeners", "Clients that listen to events", value=self._listeners())
+
+
 class _CoreState(Collector):
     def __init__(self, core: Broker, *, clock: BrokerClock) -> None:
         self._core = core
@@ -102,6 +120,10 @@ class _CoreState(Collector):
         core = self._core
         yield from self._totals()
         yield GaugeMetricFamily("conserve_leases_active", "Live leases", value=core.lease_count())
+        states = GaugeMetricFamily("conserve_leases", "Live leases by state", labels=["state"])
+        for activity, count in core.activities().items():
+            states.add_metric([activity.value], count)
+        yield states
         yield GaugeMetricFamily("conserve_waiting_requests", "Requests queued for admission", value=core.waiting())
         yield from _engine_gauges(core.engines(), now_ms=self._clock.now_ms())
 
@@ -116,6 +138,13 @@ class _CoreState(Collector):
             ("expired", counters.expired, "Leases that expired"),
             ("superseded", counters.superseded, "Leases superseded by a later epoch"),
             ("parked", counters.parked, "Leases parked"),
+            ("queued", counters.queued, "Requests that had to wait for admission"),
+            ("failed_over", counters.failed_over, "Leases granted in place of one whose decoder failed"),
+            (
+                "spilled",
+                counters.spilled,
+                "Leases prefilled on their decoder because every prefiller would take longer",
+            ),
         ):
             yield CounterMetricFamily(f"conserve_lease_{name}", text, value=value)
         refused = CounterMetricFamily("conserve_lease_refused", "Requests refused", labels=["reason"])
@@ -157,6 +186,13 @@ def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Met
         "KV tokens held by live leases over the decoder's capacity",
         labels=["engine_id"],
     )
+    capacity_tokens = GaugeMetricFamily(
+        "conserve_decoder_kv_capacity_tokens", "KV tokens that the engine can hold", labels=["engine_id"]
+    )
+    used = GaugeMetricFamily(
+        "conserve_decoder_kv_used_tokens", "KV tokens in use as the engine itself told last", labels=["engine_id"]
+    )
+    leases = GaugeMetricFamily("conserve_decoder_leases", "Live leases on the engine", labels=["engine_id"])
     leased = GaugeMetricFamily(
         "conserve_decoder_kv_leased_tokens", "KV tokens held by live leases", labels=["engine_id"]
     )
@@ -182,6 +218,9 @@ def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Met
         name = view.spec.engine_id
         capacity = view.kv_capacity_tokens
         occupancy.add_metric([name], view.kv_leased_tokens / capacity if capacity else 0.0)
+        capacity_tokens.add_metric([name], capacity)
+        used.add_metric([name], view.kv_used_tokens)
+        leases.add_metric([name], view.leases)
         leased.add_metric([name], view.kv_leased_tokens)
         active.add_metric([name], view.kv_active_tokens)
         share.add_metric([name], view.prefill_share_ppm / MILLION)
@@ -191,4 +230,4 @@ def _engine_gauges(views: tuple[EngineView, ...], *, now_ms: Ms) -> Iterable[Met
             age.add_metric([name], (now_ms - view.observed_at_ms) / 1000)
         for each in EngineState:
             state.add_metric([name, each.value], each is view.state)
-    return occupancy, leased, active, share, lost, backlog, age, state
+    return occupancy, capacity_tokens, used, leases, leased, active, share, lost, backlog, age, state

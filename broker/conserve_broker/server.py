@@ -9,14 +9,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from conserve_broker._life import Life
 from conserve_broker.journal import JournalPort, open_journal
 from conserve_broker.logbook import Log, logger
 from conserve_broker.settings import BrokerConfig, ConfigProblem
+from conserve_broker.tracing import Tracing
 from conserve_sdk.core.events import EngineState
 from conserve_sdk.tokens import SigningKey, TokenSigner
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 __all__ = ["BrokerServer"]
 
@@ -36,9 +40,10 @@ class BrokerServer:
         overrides: the command line's share of `config`, which wins over the file again when that changes.
         journal: used instead of opening `config.journal.path` (tests, and restarts without a file).
         log: where decisions are logged; the standard logger ``conserve.broker`` when None.
+        tracer_provider: where spans go with ``watch.tracing = "otel"``; OpenTelemetry's global one when None.
 
     Raises:
-        ConfigProblem: the address cannot be bound, or a token key is missing.
+        ConfigProblem: the address cannot be bound, a token key is missing, or OpenTelemetry is.
         JournalError: the journal cannot be used.
     """
 
@@ -50,6 +55,7 @@ class BrokerServer:
         overrides: Mapping[str, Any] | None = None,
         journal: JournalPort | None = None,
         log: Log | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self._config = config
         self._config_path = config_path
@@ -60,6 +66,7 @@ class BrokerServer:
         self._port = config.listen.port
         keys = [SigningKey(kid=key.kid, secret=key.secret) for key in config.token_keys()]
         self._signer = TokenSigner(keys)
+        self._tracing = Tracing(tracer_provider) if config.watch.tracing == "otel" else None
         self._life: Life | None = None
         self._thread: threading.Thread | None = None
 
@@ -149,6 +156,7 @@ class BrokerServer:
                 overrides=self._overrides,
                 log=self._log,
                 freeze_gc=freeze_gc,
+                tracing=self._tracing,
             )
         except BaseException:
             listener.close()

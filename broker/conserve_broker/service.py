@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from conserve_broker.clock import BrokerClock
 from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
-from conserve_broker.logbook import Log, logger, write_decisions
+from conserve_broker.logbook import Log, Logbook, logger
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
@@ -137,6 +137,7 @@ class BrokerService:
         self.settings = settings
         self.log = log or logger()
         self._signer = signer
+        self._logbook = Logbook(self.log)
         self._desk = self._new_desk()
         self._engines = tuple(engines)
         self._journal = journal
@@ -227,9 +228,14 @@ class BrokerService:
             reasons.append("the broker is shutting down")
         if self._journal.failure:
             reasons.append(f"no new leases: {self._journal.failure}")
-        if all(view.state is not EngineState.READY for view in self.core.engines()):
+        views = self.core.engines()
+        served = {view.spec.model for view in views if view.state is EngineState.READY}
+        if not served:
             reasons.append("no engine is ready: see /v1/engines")
-        return Readiness(reasons=tuple(reasons))
+            return Readiness(reasons=tuple(reasons))
+        idle = sorted({view.spec.model for view in views} - served)
+        warnings = tuple(f"no engine of model {model} is ready: see /v1/engines" for model in idle)
+        return Readiness(reasons=tuple(reasons), warnings=warnings)
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -275,6 +281,7 @@ class BrokerService:
         future = self._waiters.pop(request_id, None)
         if future is not None:
             future.cancel()
+            self._logbook.forget(request_id)
             self.feed(RequestCancelled(now_ms=self.clock.now_ms(), request_id=request_id))
 
     async def once_durable(self, reply: Reply, commit: asyncio.Future[None] | None) -> Reply:
@@ -312,7 +319,7 @@ class BrokerService:
             if future is not None and not future.done():
                 future.set_result(_Settled(reply, commit))
         self._observer.decided(outcome)
-        write_decisions(self.log, outcome.decisions)
+        self._logbook.write(outcome)
         self._arm_timer()
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None

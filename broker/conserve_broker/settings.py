@@ -31,6 +31,7 @@ from conserve_broker._config_tables import (
     TenantTable,
     TokenKeyTable,
     TokenTable,
+    WatchTable,
     to_ppm,
 )
 from conserve_broker._discovery_tables import DiscoveryTable, DnsTable, RegistrationTable
@@ -56,6 +57,7 @@ __all__ = [
     "StoreTable",
     "TlsTable",
     "TokenTable",
+    "WatchTable",
     "load_config",
 ]
 
@@ -73,6 +75,7 @@ class BrokerConfig(Table):
     store: StoreTable = Field(default_factory=StoreTable)
     token: TokenTable = TokenTable()
     scrape: ScrapeTable = ScrapeTable()
+    watch: WatchTable = WatchTable()
     discovery: DiscoveryTable = DiscoveryTable()
     registration: RegistrationTable = RegistrationTable()
     access: AccessTable = AccessTable()
@@ -261,6 +264,7 @@ def _known_keys() -> dict[str, tuple[str, ...]]:
         "token": TokenTable,
         "token.keys": TokenKeyTable,
         "scrape": ScrapeTable,
+        "watch": WatchTable,
         "discovery": DiscoveryTable,
         "discovery.dns": DnsTable,
         "registration": RegistrationTable,

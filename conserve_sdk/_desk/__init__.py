@@ -5,7 +5,7 @@ round it. Every rule of the protocol that is not the core's stands here once: ro
 """
 
 from conserve_sdk._desk.desk import Desk
-from conserve_sdk._desk.outcome import Call, Outcome, Reply, lease_token_in
+from conserve_sdk._desk.outcome import Call, Outcome, Reply, lease_token_in, query_as_body
 from conserve_sdk._desk.problems import ProblemRaised, no_route, problem, too_large
 from conserve_sdk._desk.routes import ROUTES, Route, Scope, find_route
 from conserve_sdk._desk.visit import NewId
@@ -27,5 +27,6 @@ __all__ = [
     "lease_token_in",
     "no_route",
     "problem",
+    "query_as_body",
     "too_large",
 ]

@@ -56,11 +56,12 @@ class Desk:
 
 
 def _body_of(route: Route[Any], raw: bytes) -> Any:
-    if route.body is None:
+    model = route.body or route.query
+    if model is None:
         return None
     if len(raw) > BODY_BYTES_MAX:
         raise too_large(BODY_BYTES_MAX)
     try:
-        return route.body.model_validate_json(raw)
+        return model.model_validate_json(raw)
     except ValidationError as error:
         raise bad_body(error) from error

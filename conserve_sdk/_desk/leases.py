@@ -6,6 +6,7 @@ from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.problems import bad_request, bad_token, lease_superseded, lease_unknown
 from conserve_sdk._desk.visit import Visit
 from conserve_sdk._desk.wire import explanation, lease_grant
+from conserve_sdk._desk.words import in_words
 from conserve_sdk.core.events import (
     LeaseAnswered,
     LeaseParked,
@@ -103,7 +104,8 @@ def explain_lease(visit: Visit, _: None) -> Reply:
     lease = visit.core.lease(LeaseId(visit.call.target))
     if lease is None or not (visit.call.every_tenant or lease.key.tenant == visit.call.tenant):
         raise lease_unknown(visit.call.target[:64])
-    return Reply(status=200, body=explanation(lease, visit.core, now_ms=visit.now_ms))
+    found = explanation(lease, visit.core, now_ms=visit.now_ms)
+    return Reply(status=200, body=found.model_copy(update={"in_words": in_words(found)}))
 
 
 def park_lease(visit: Visit, body: TokenBody) -> Reply:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -31,7 +32,7 @@ class Call:
         every_tenant: whether the caller may look at leases of other tenants, too.
         target: the lease or engine that the path names, or "".
         lease_token: see `lease_token_in`.
-        raw: the body's bytes.
+        raw: the body's bytes, or the query's (`query_as_body`).
     """
 
     now_ms: Ms
@@ -40,6 +41,11 @@ class Call:
     target: str = ""
     lease_token: str = ""
     raw: bytes = b""
+
+
+def query_as_body(parameters: Iterable[tuple[str, str]]) -> bytes:
+    """A query in the form of a body, for routes that take one; of a name that is repeated the last one counts."""
+    return json.dumps(dict(parameters)).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel
 
-from conserve_sdk._desk import batches, fleet, leases
+from conserve_sdk._desk import batches, fleet, leases, listing
 from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.problems import no_route
 from conserve_sdk._desk.visit import Visit
@@ -22,6 +22,8 @@ from conserve_sdk.protocol import (
     FleetInfo,
     LeaseExplanation,
     LeaseGrant,
+    LeaseList,
+    LeaseQuery,
     LeaseRequest,
     LeaseStatus,
     RenewalBatch,
@@ -43,6 +45,7 @@ class Route(Generic[BodyT]):
     Attributes:
         path: as FastAPI writes it; at most one parameter, which becomes `Call.target`.
         body: wire model of the request body, None for none.
+        query: wire model of the query, None for none. It reaches the desk in place of a body; see `query_as_body`.
         answer: wire model of a good answer, None for an empty one.
         statuses: statuses of a good answer, the usual one first.
         problems: statuses of problem documents it may answer besides those of every route.
@@ -56,6 +59,7 @@ class Route(Generic[BodyT]):
     summary: str
     handle: Callable[[Visit, BodyT], Reply | RequestId]
     body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
     answer: type[BaseModel] | None = None
     statuses: tuple[int, ...] = (200,)
     problems: tuple[int, ...] = ()
@@ -90,6 +94,16 @@ ROUTES: tuple[Route[Any], ...] = (
         statuses=(201, 200),
         problems=_GRANT_PROBLEMS,
         scopes=("agent",),
+    ),
+    Route(
+        method="GET",
+        path="/v1/leases",
+        name="list_leases",
+        summary="List live leases, a page at a time",
+        handle=listing.list_leases,
+        query=LeaseQuery,
+        answer=LeaseList,
+        problems=(422,),
     ),
     Route(
         method="GET",

@@ -16,6 +16,7 @@ from conserve_sdk.protocol import (
     FleetInfo,
     LeaseExplanation,
     LeaseGrant,
+    LeaseSummary,
     ModelAdvice,
 )
 
@@ -114,6 +115,29 @@ def explanation(lease: Lease, core: Broker, *, now_ms: Ms) -> LeaseExplanation:
     )
 
 
+def lease_summary(lease: Lease, *, now_ms: Ms) -> LeaseSummary:
+    """A live lease as one line of a list."""
+    return LeaseSummary(
+        lease_id=lease.lease_id,
+        epoch=lease.epoch,
+        tenant=lease.key.tenant,
+        conversation_id=lease.key.conversation_id,
+        lineage=lease.key.lineage,
+        model=lease.key.model,
+        mode=lease.mode.value,
+        prefiller=None if lease.prefiller is None else lease.prefiller.engine_id,
+        decoder=lease.decoder.engine_id,
+        state=lease.activity.value,
+        state_for_ms=now_ms - lease.activity_since_ms,
+        granted_ago_ms=now_ms - lease.granted_at_ms,
+        expires_in_ms=lease.expires_at_ms - now_ms,
+        ledger_tokens=lease.ledger_tokens,
+        turns=lease.turns,
+        migrations=lease.migrations,
+        rule=lease.receipt.rule,
+    )
+
+
 def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
     """One engine as the broker sees it."""
     return EngineInfo(
@@ -141,6 +165,8 @@ def engine_info(view: EngineView, *, now_ms: Ms) -> EngineInfo:
         host_tier_tokens=view.spec.host_tier_tokens,
         prefill_share_ppm=view.prefill_share_ppm,
         lost_caches=view.lost_caches,
+        tier=view.spec.tier,
+        busy=view.busy,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import httpx2
@@ -20,6 +20,8 @@ class Acquire:
 
     request: LeaseRequest
     budget_ms: int
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """Headers that let the broker join the turn's trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Supersede:
     lease_id: str
     request: SupersedeRequest
     budget_ms: int
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,16 +122,18 @@ Effect: TypeAlias = Acquire | Supersede | Park | Release | ListEngines | Fetch |
 Flow: TypeAlias = Generator[Effect, Any, T]
 
 
-def acquire(request: LeaseRequest, *, budget_ms: int) -> Flow[LeaseGrant]:
+def acquire(request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str]) -> Flow[LeaseGrant]:
     """Typed form of `Acquire`."""
-    grant = yield Acquire(request=request, budget_ms=budget_ms)
+    grant = yield Acquire(request=request, budget_ms=budget_ms, trace=trace)
     assert isinstance(grant, LeaseGrant)
     return grant
 
 
-def supersede(lease_id: str, request: SupersedeRequest, *, budget_ms: int) -> Flow[LeaseGrant]:
+def supersede(
+    lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str]
+) -> Flow[LeaseGrant]:
     """Typed form of `Supersede`."""
-    grant = yield Supersede(lease_id=lease_id, request=request, budget_ms=budget_ms)
+    grant = yield Supersede(lease_id=lease_id, request=request, budget_ms=budget_ms, trace=trace)
     assert isinstance(grant, LeaseGrant)
     return grant
 

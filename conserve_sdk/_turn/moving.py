@@ -69,7 +69,8 @@ class Moving:
         )
         budget_ms = min(ASK_MS_MAX, int(self._kit.options.timeouts.broker_s * 1000), self._budget.left_ms())
         try:
-            return (yield from supersede(lease.lease_id, request, budget_ms=budget_ms))
+            trace = self._turn.watch.trace_headers()
+            return (yield from supersede(lease.lease_id, request, budget_ms=budget_ms, trace=trace))
         except (BrokerError, LeaseError) as error:
             # A broker that still wants it says so again; one that ended the lease says so to this turn's report.
             log.info("lease_kept lease_id=%s cause=%s error=%s", lease.lease_id, cause, error)

@@ -93,7 +93,12 @@ class Placing:
         )
         sent_at_ms = self._kit.now_ms()
         try:
-            grant = yield from supersede(lease.lease_id, request, budget_ms=self._broker_ms(request.wait_ms))
+            grant = yield from supersede(
+                lease.lease_id,
+                request,
+                budget_ms=self._broker_ms(request.wait_ms),
+                trace=self._turn.watch.trace_headers(),
+            )
         except LeaseError as error:
             # The broker has forgotten the lease meanwhile; the next attempt asks for a new one.
             self._kit.registry.mark_lost(LeaseId(lease.lease_id), type(error).__name__)
@@ -184,7 +189,8 @@ class Placing:
         )
         sent_at_ms = self._kit.now_ms()
         try:
-            grant = yield from acquire(request, budget_ms=self._broker_ms(wait_ms))
+            trace = self._turn.watch.trace_headers()
+            grant = yield from acquire(request, budget_ms=self._broker_ms(wait_ms), trace=trace)
         except BrokerError as error:
             if not self._may_do_without(error):
                 raise

@@ -74,7 +74,7 @@ from conserve_sdk.core.units import (
     Tokens,
     TransferGroup,
 )
-from conserve_sdk.core.views import BrokerCounters, EngineView
+from conserve_sdk.core.views import BrokerCounters, EngineView, WaitingRequest
 
 __all__ = [
     "AFFINITY",
@@ -149,4 +149,5 @@ __all__ = [
     "TurnFinished",
     "TurnStarted",
     "Waiting",
+    "WaitingRequest",
 ]

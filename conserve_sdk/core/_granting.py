@@ -52,8 +52,9 @@ def supersede(state: State, event: SupersedeRequested) -> None:
         replacing=Replacing(lease_id=event.lease_id, epoch=event.epoch),
         failed_engine_id=event.failed_engine_id,
     )
+    pending.failover = event.cause is SupersedeCause.FAILURE
     live = _replaced(state, pending)
-    if live is None or event.cause is SupersedeCause.FAILURE:
+    if live is None or pending.failover:
         _take(state, pending)
         return
     _check_ids(state, pending)
@@ -140,6 +141,7 @@ def _take(state: State, pending: Pending) -> None:
         _refuse(state, pending, _bounded(RefusalReason.QUEUE_FULL, "the queue is full: retry, or raise queue_max"))
     else:
         state.queue.add(pending)
+        state.counters.queued += 1
         state.out.append(Waiting(request_id=pending.request_id, position=ahead + 1))
 
 
@@ -248,6 +250,8 @@ def _grant(state: State, pending: Pending, placement: Placement) -> None:
 def _count_grant(state: State, pending: Pending, placement: Placement) -> None:
     counters, receipt = state.counters, placement.receipt
     counters.granted += 1
+    counters.failed_over += pending.failover
+    counters.spilled += placement.prefiller is None and receipt.prefill_rule == "score"
     counters.decoder_rules[receipt.rule] = counters.decoder_rules.get(receipt.rule, 0) + 1
     counters.prefill_rules[receipt.prefill_rule] = counters.prefill_rules.get(receipt.prefill_rule, 0) + 1
     if pending.replacing is None:

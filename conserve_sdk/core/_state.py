@@ -22,7 +22,7 @@ from conserve_sdk.core.events import (
 from conserve_sdk.core.figures import Figures
 from conserve_sdk.core.fleet import Fleet
 from conserve_sdk.core.idleness import Idleness
-from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.lease import Activity, Lease, LeaseKey
 from conserve_sdk.core.lease_table import LeaseTable, Tombstones
 from conserve_sdk.core.occupancy import Occupancy
 from conserve_sdk.core.prefixes import SharedPrefixes
@@ -50,6 +50,7 @@ class State:
         rivals: leases that a standby saw beside another one of the same key with at least their epoch.
         contexts: KV that the last turn of a live lease left on its decoder; only known ones.
         directives: leases that were told to move and have not yet.
+        activities: how many live leases are busy, idle and parked.
         room_may_have_appeared: whether waiting requests deserve another try.
     """
 
@@ -72,6 +73,7 @@ class State:
         self.rivals: dict[LeaseId, Lease] = {}
         self.contexts: dict[LeaseId, Tokens] = {}
         self.directives: dict[LeaseId, MoveReason] = {}
+        self.activities = dict.fromkeys(Activity, 0)
 
     # ---- leases ----
 
@@ -165,6 +167,7 @@ class State:
 
     def _count(self, lease: Lease) -> None:
         self.occupancy.add(lease)
+        self.activities[lease.activity] += 1
         if self.settings.placement.idle_aware and self.idleness.follow(lease, now_ms=self.now_ms):
             self.occupancy.cool(lease, sign=1)
 
@@ -172,6 +175,7 @@ class State:
         if self.idleness.forget(lease.lease_id):
             self.occupancy.cool(lease, sign=-1)
         self.occupancy.remove(lease)
+        self.activities[lease.activity] -= 1
 
     # ---- answers ----
 

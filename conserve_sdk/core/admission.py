@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from conserve_sdk.core.lease import LeaseKey
@@ -31,6 +31,7 @@ class Pending:
         exact: whether `input_tokens` is a count or an estimate from bytes.
         deadline_at_ms: first instant at which it no longer waits.
         parent: decoder of the lease that its lineage branched off.
+        failover: whether it replaces a lease whose decoder failed.
     """
 
     request_id: RequestId
@@ -45,6 +46,7 @@ class Pending:
     prefix_key: PrefixKey = PrefixKey("")
     replacing: Replacing | None = None
     failed_engine_id: EngineId | None = None
+    failover: bool = False
 
 
 _Line = OrderedDict[RequestId, Pending]
@@ -61,6 +63,10 @@ class AdmissionQueue:
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    def __iter__(self) -> Iterator[Pending]:
+        """Everybody who waits, in the order of arrival."""
+        return iter(self._pending.values())
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._pending

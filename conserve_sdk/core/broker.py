@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from conserve_sdk.core import _engines, _granting, _reporting, events
@@ -11,10 +12,10 @@ from conserve_sdk.core._state import State
 from conserve_sdk.core.advice import Advice, advise
 from conserve_sdk.core.events import Decision, Event
 from conserve_sdk.core.figures import GrantFigures
-from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.lease import Activity, Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, Ppm
-from conserve_sdk.core.views import BrokerCounters, EngineView
+from conserve_sdk.core.views import BrokerCounters, EngineView, WaitingRequest
 
 _HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     events.EngineConfigured: _engines.configure,
@@ -111,6 +112,18 @@ class Broker:
         """How many leases live."""
         return len(self._state.leases)
 
+    def leases_from(self, place: int) -> Iterator[Lease]:
+        """Live leases from a place of that order on (0: the first); not to be kept over an `apply`."""
+        return islice(iter(self._state.leases), place, None)
+
+    def leases_ended(self) -> int:
+        """How many leases have ended: by so much at most, a lease's place has moved since this was read before."""
+        return self._state.leases.removals
+
+    def activities(self) -> dict[Activity, int]:
+        """How many live leases are in each activity."""
+        return dict(self._state.activities)
+
     def engines(self) -> tuple[EngineView, ...]:
         """The configured engines, ordered by id."""
         return self._state.fleet.views()
@@ -118,6 +131,19 @@ class Broker:
     def waiting(self) -> int:
         """How many requests wait for admission."""
         return len(self._state.queue)
+
+    def waiting_requests(self, *, most: int) -> tuple[WaitingRequest, ...]:
+        """Those who wait for admission, in the order of arrival, the first `most` of them."""
+        return tuple(
+            WaitingRequest(
+                request_id=pending.request_id,
+                key=pending.key,
+                need_tokens=pending.input_tokens,
+                asked_at_ms=pending.asked_at_ms,
+                deadline_at_ms=pending.deadline_at_ms,
+            )
+            for pending in islice(self._state.queue, most)
+        )
 
     @property
     def counters(self) -> BrokerCounters:

@@ -18,9 +18,14 @@ from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, TenantId
 
 
 class LeaseTable:
-    """At most one live lease per key (invariant 5)."""
+    """At most one live lease per key (invariant 5).
+
+    Attributes:
+        removals: how many leases have left it; with the order of the table enough to find one's place in it again.
+    """
 
     def __init__(self) -> None:
+        self.removals = 0
         self._by_id: dict[LeaseId, Lease] = {}
         self._by_key: dict[LeaseKey, LeaseId] = {}
         self._by_decoder: dict[EngineId, dict[LeaseId, None]] = {}
@@ -85,6 +90,7 @@ class LeaseTable:
     def remove(self, lease_id: LeaseId) -> Lease:
         """The lease ends; returned as it was put in."""
         lease = self._by_id.pop(lease_id)
+        self.removals += 1
         del self._by_key[lease.key]
         del self._due[lease_id]
         hosted = self._by_decoder[lease.decoder.engine_id]

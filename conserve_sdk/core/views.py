@@ -8,8 +8,9 @@ from typing import Any
 
 from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.events import EngineSpec, EngineState, MoveReason, RefusalReason, SupersedeCause
+from conserve_sdk.core.lease import LeaseKey
 from conserve_sdk.core.receipt import CandidateView
-from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Ppm, Tokens
+from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Ppm, RequestId, Tokens
 
 
 @quick_init
@@ -98,6 +99,23 @@ class EngineView:
         return line
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingRequest:
+    """A request that waits for admission.
+
+    Attributes:
+        need_tokens: input of its first turn, counted or estimated.
+        asked_at_ms: instant of its arrival.
+        deadline_at_ms: first instant at which it no longer waits.
+    """
+
+    request_id: RequestId
+    key: LeaseKey
+    need_tokens: Tokens
+    asked_at_ms: Ms
+    deadline_at_ms: Ms
+
+
 def _no_refusals() -> dict[RefusalReason, int]:
     return dict.fromkeys(RefusalReason, 0)
 
@@ -122,6 +140,9 @@ class BrokerCounters:
         parked, renewed: answered with OK.
         migrations: leases whose one KV transfer was reported.
         engine_restarts: changes of incarnation seen.
+        queued: requests that had to wait for admission, however that ended.
+        spilled: grants whose prompt the decoder prefills because every usable prefiller would have taken longer.
+        failed_over: grants in place of a lease whose decoder its holder could not use.
         refused: by reason.
         decoder_rules, prefill_rules: grants by the rules of their receipts.
         directives: re-lease directives announced, by reason; `withdrawn`: taken back before they were followed.
@@ -140,6 +161,9 @@ class BrokerCounters:
     renewed: int = 0
     migrations: int = 0
     engine_restarts: int = 0
+    queued: int = 0
+    spilled: int = 0
+    failed_over: int = 0
     refused: dict[RefusalReason, int] = field(default_factory=_no_refusals)
     decoder_rules: dict[str, int] = field(default_factory=dict)
     prefill_rules: dict[str, int] = field(default_factory=dict)

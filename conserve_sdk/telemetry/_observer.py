@@ -85,6 +85,15 @@ class TurnWatch(Protocol):
 
 
 @runtime_checkable
+class TraceCarrier(Protocol):
+    """A `TurnWatch` whose trace the broker may join."""
+
+    def carry(self, headers: MutableMapping[str, str], /) -> None:
+        """Add the headers of the turn's trace to those of a request to the broker."""
+        ...
+
+
+@runtime_checkable
 class TurnObserver(Protocol):
     """A hook that follows turns while they run."""
 
@@ -109,6 +118,7 @@ class Watching:
     def __init__(self, followers: Iterable[Follower], start: TurnStart, *, clock_us: Callable[[], int]) -> None:
         self._clock_us = clock_us
         self._watches: list[TurnWatch] = []
+        self._trace = start.trace
         self._hop_is_open = False
         self._status: int | None = None
         for follower in followers:
@@ -125,6 +135,15 @@ class Watching:
         self._hop_is_open, self._status = True, None
         hop = HopStart(phase=phase, engine_id=engine_id, url=url, request_id=request_id, at_us=self._clock_us())
         self._tell(lambda watch: watch.begin_hop(hop, headers))
+
+    def trace_headers(self) -> dict[str, str]:
+        """What lets the broker join the turn's trace: of the first observer that has one, else as the application sent.
+
+        An observer has one if it is a `TraceCarrier`.
+        """
+        headers: dict[str, str] = {}
+        self._tell(lambda watch: watch.carry(headers) if isinstance(watch, TraceCarrier) and not headers else None)
+        return headers or dict(self._trace)
 
     def answered(self, status: int) -> None:
         """The first bytes of the answer are there; an error ends the hop, anything else goes on to the turn's end."""

@@ -119,6 +119,13 @@ class _TurnSpan:
             headers.pop(TRACE_STATE, None)  # the application's own belongs to its own traceparent
             TraceContextTextMapPropagator().inject(headers, context=_context(self._hop))
 
+    def carry(self, headers: MutableMapping[str, str], /) -> None:
+        """Let the broker join the trace."""
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        if self._span.get_span_context().is_valid:
+            TraceContextTextMapPropagator().inject(headers, context=_context(self._span))
+
     def end_hop(self, hop: HopEnd, /) -> None:
         """End the hop's span."""
         span, self._hop = self._hop, None

@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx2
 
-from conserve_sdk._desk import Call, Desk, Outcome, ProblemRaised, Reply, find_route, lease_token_in
+from conserve_sdk._desk import Call, Desk, Outcome, ProblemRaised, Reply, find_route, lease_token_in, query_as_body
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import (
     EngineSpec,
@@ -166,7 +166,7 @@ class InMemoryBroker(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 now_ms=self.clock.now_ms(),
                 target=target,
                 lease_token=lease_token_in(request.headers),
-                raw=request.content,
+                raw=query_as_body(request.url.params.multi_items()) if route.query else request.content,
             )
             outcome = self._desk.handle(route, call)
             self._carry_out(outcome)

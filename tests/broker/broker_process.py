@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,9 @@ class BrokerProcess:
         until(lambda: any("broker_started" in line for line in self.log) or self.process.poll() is not None)
         started = [line for line in self.log if "broker_started" in line]
         assert started, "".join(self.log)
-        self.url = started[0].split("url='")[1].split("'")[0]
+        found = re.search(r"http://[0-9.]+:[0-9]+", started[0])  # as text and as JSON
+        assert found is not None, started[0]
+        self.url = found[0]
         self.tables["listen"] = {"port": int(self.url.rsplit(":", 1)[1])}  # the same one after a restart
         return self
 

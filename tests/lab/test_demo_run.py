@@ -238,8 +238,8 @@ def _task(name: str, *, turns: int) -> Task:
 def _figures() -> dict[str, Any]:
     percentiles = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
     names = (
-        "migrations", "moved_tokens", "follow_up_turns_on_prefiller", "re_leases", "follow_up_cached_token_share", "elapsed_s",
-        "broker_cpu_ms_per_conversation", "machine_lag_ms", "errors",
+        "migrations", "moved_tokens", "follow_up_turns_on_prefiller", "re_leases", "follow_up_cached_token_share",
+        "elapsed_s", "broker_cpu_ms_per_conversation", "machine_lag_ms", "errors",
     )  # fmt: skip
     return {"ttft_ms": percentiles, "ttfet_ms": percentiles, "tbt_ms": percentiles, **dict.fromkeys(names, 0)}
 
