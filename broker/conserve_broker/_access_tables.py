@@ -9,6 +9,8 @@ from pydantic import AwareDatetime, Field, field_serializer, field_validator, mo
 
 from conserve_broker._config_tables import Name, Table
 
+DENIALS = ("key_missing", "key_unknown", "key_expired", "scope_missing", "rate_limited")
+"""Codes of the problems with which a request is turned away."""
 Rate = Annotated[float, Field(ge=0.0, le=1_000_000.0)]
 Scopes = Annotated[tuple[Literal["agent", "worker", "admin"], ...], Field(min_length=1, max_length=3)]
 

@@ -379,6 +379,7 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None,
 def _add_events(app: FastAPI, feed: Feed, gate: Gate) -> None:
     @app.get(
         "/v1/events",
+        operation_id="read_events",
         tags=["events"],
         summary="The broker's state once a second, as server-sent events",
         response_class=Response,

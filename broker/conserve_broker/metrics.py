@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from conserve_broker._access_tables import DENIALS
 from conserve_broker.clock import BrokerClock
 from conserve_broker.service import Observer
 from conserve_sdk._desk import Outcome
@@ -56,6 +57,8 @@ class BrokerMetrics(Observer):
             labelnames=["code"],
             registry=self.registry,
         )
+        for code in DENIALS:  # there from the start, so that the first one shows as a rise
+            self._denied.labels(code)
 
     def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
         """Export what every broker has, one that stands by included."""
