@@ -307,6 +307,7 @@ def test_stopping_does_not_wait_for_listeners(broker: BrokerServer) -> None:
 
 def test_a_standby_says_who_leads() -> None:
     class Follower:
+        follows = True
         leader_url = "http://leader:7070"
         failure = ""
         retry_after_ms = 100
