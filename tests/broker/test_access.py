@@ -52,6 +52,7 @@ class House:
         self.gate = Gate(
             [key.table for key in keys],
             access=AccessTable(**access),
+            admitted=self.metrics.admitted,
             denied=self.metrics.denied,
             clock_s=lambda: clock.now_s,
             now=lambda: clock.date,
@@ -236,6 +237,7 @@ async def test_probes_and_the_document_are_open_and_metrics_as_configured(
     assert (await strict.http.get("/metrics")).status_code == 401
     assert (await strict.ask("GET", "/metrics", RED)).status_code == 403
     page = await strict.ask("GET", "/metrics", ADMIN)
+    assert 'conserve_api_key_requests_total{key_id="ops-1"} 1.0' in page.text
     assert 'conserve_requests_denied_total{code="key_missing"} 1.0' in page.text
     assert 'conserve_requests_denied_total{code="scope_missing"} 1.0' in page.text
 
