@@ -16,7 +16,7 @@ from conserve_broker.journal import JournalPort, open_journal
 from conserve_broker.logbook import Log, logger
 from conserve_broker.settings import BrokerConfig, ConfigProblem
 from conserve_sdk.core.events import EngineState
-from conserve_sdk.tokens import SigningKey, TokenSigner
+from conserve_sdk.tokens import TokenSigner
 
 __all__ = ["BrokerServer"]
 
@@ -58,8 +58,7 @@ class BrokerServer:
         self._log = log or logger()
         self._host = config.listen.host
         self._port = config.listen.port
-        keys = [SigningKey(kid=key.kid, secret=key.secret) for key in config.token_keys()]
-        self._signer = TokenSigner(keys)
+        self._signer = TokenSigner(config.token_keys())
         self._life: Life | None = None
         self._thread: threading.Thread | None = None
 

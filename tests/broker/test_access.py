@@ -29,6 +29,7 @@ BLUE = new_key(tenant="blue", scopes=("agent",), key_id="blue-1")
 WORKER = new_key(tenant="gpu", scopes=("worker",), key_id="gpu-1")
 ADMIN = new_key(tenant="ops", scopes=("admin",), key_id="ops-1")
 EVERYBODY = (RED, BLUE, WORKER, ADMIN)
+SIGNER = TokenSigner([SigningKey(kid="test", secret=b"s" * 32)])
 
 
 class Clock:
@@ -80,11 +81,11 @@ def clock() -> Clock:
 
 
 @asynccontextmanager
-async def running(settings: BrokerSettings) -> AsyncIterator[BrokerService]:
+async def running(settings: BrokerSettings, *, signer: TokenSigner = SIGNER) -> AsyncIterator[BrokerService]:
     service = BrokerService(
         settings,
         engines=small_fleet(),
-        signer=TokenSigner([SigningKey(kid="test", secret=b"s" * 32)]),
+        signer=signer,
         journal=MemoryJournal(),
     )
     async with service:

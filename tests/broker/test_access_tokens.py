@@ -3,20 +3,24 @@
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from conserve_broker.service import BrokerService
+from conserve_broker.settings import ConfigProblem, load_config
+from conserve_sdk._ed25519 import PublicKey
 from conserve_sdk.core import PAPER, BrokerSettings, Ms
 from conserve_sdk.protocol import LeaseGrant
 from conserve_sdk.tokens import SigningKey, TokenSigner, read_unverified
 
-from .test_access import BLUE, EVERYBODY, RED, Clock, House, running
+from .test_access import BLUE, EVERYBODY, RED, SIGNER, Clock, House, running
 
 FORGER = TokenSigner([SigningKey(kid="test", secret=b"x" * 32)])
 STRANGER = TokenSigner([SigningKey(kid="nobody's", secret=b"s" * 32)])
-SIGNER = TokenSigner([SigningKey(kid="test", secret=b"s" * 32)])
 BAD, UNKNOWN = "bad_token", "unknown"
 
 
@@ -130,3 +134,39 @@ async def test_a_replayed_supersede_makes_one_lease(house: House, service: Broke
     old = await house.ask("POST", "/v1/renewals", RED, {"tokens": [lease.token]})
     assert old.json()["results"][0]["verdict"] == "superseded"
     assert json.dumps(first).count(lease.token) == 0
+
+
+# ---- a key pair in place of a shared secret ---------------------------------------------------------------------
+
+
+async def test_a_broker_with_a_key_pair_readopts_by_tokens_that_a_public_key_checks(tmp_path: Path) -> None:
+    raw = Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(raw.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()))
+    path = tmp_path / "broker.toml"
+    path.write_text(
+        "[[token.keys]]\nkid = 'new'\nprivate_key_file = 'key.pem'\n"
+        f"[[token.keys]]\nkid = 'test'\nsecret = '{'s' * 32}'\n"
+    )
+    keys = load_config(path).token_keys()
+    public = PublicKey("new", raw.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
+    async with running(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as first:
+        lease = await House(first, Clock(), RED).grant(RED)
+    assert TokenSigner([public]).verify(lease.token, now_ms=Ms(0)).lease_id == lease.lease_id
+    old = SIGNER.sign(replace(read_unverified(lease.token), lease_id="lease-of-before", conversation_id="b"))  # type: ignore[arg-type]
+    async with running(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as empty:
+        renewed = await House(empty, Clock(), RED).ask("POST", "/v1/renewals", RED, {"tokens": [lease.token, old]})
+        assert [result["verdict"] for result in renewed.json()["results"]] == ["ok", "ok"], "both keys are good"
+        assert empty.core.lease_count() == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot read"), (b"rubbish", "no private key in PEM without a password")],
+)
+def test_a_key_pair_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "key.pem").write_bytes(content)
+    path = tmp_path / "broker.toml"
+    path.write_text("[[token.keys]]\nkid = 'new'\nprivate_key_file = 'key.pem'\n")
+    with pytest.raises(ConfigProblem, match=rf"token\.keys\.new\.private_key_file: .*{says}"):
+        load_config(path).token_keys()
