@@ -1,7 +1,7 @@
 """Lease tokens signed with Ed25519 (RFC 8037), for fleets whose engines shall not be able to mint leases.
 
 The broker has the private key, guards only need the public one. `cryptography` does the arithmetic (extra `[eddsa]`);
-without it tokens stay with HMAC. Signing costs about four times as much as HMAC, checking with a public key seven times.
+without it tokens stay with HMAC. Signing costs about four times as much as HMAC, checking with a public key seven.
 """
 
 from __future__ import annotations
