@@ -3,7 +3,7 @@
 The token is the capability for its lease, and it carries what a broker that lost its state needs to put the lease
 back into its ledger. It ends at ``exp_ms``, the last instant to which any renewal answered without a fresh token can
 have carried the lease; `TokenLife` in the desk keeps that true. HS256 needs nothing but the standard library and costs
-a few microseconds per token; what signs and what checks meet only in `SigningKey`, so another algorithm is another key.
+a few microseconds per token; what signs and what checks meet only in `TokenKey`, so another algorithm is another key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from conserve_sdk.core.lease import EngineBinding, Lease, Mode
 from conserve_sdk.core.units import (
@@ -39,6 +39,7 @@ __all__ = [
     "TokenError",
     "TokenExpired",
     "TokenInvalid",
+    "TokenKey",
     "TokenSigner",
     "claims_of",
     "read_unverified",
@@ -75,6 +76,28 @@ class TokenExpired(TokenError):  # noqa: N818
         self.claims = claims
 
 
+class TokenKey(Protocol):
+    """What signs tokens, or only checks them."""
+
+    @property
+    def kid(self) -> str:
+        """Public name: it tells the checker which key to use while keys are rotated."""
+
+    @property
+    def alg(self) -> str:
+        """The only algorithm that tokens of this key may name (RFC 7518)."""
+
+    def signature(self, signed: str) -> str:
+        """The signature of a token's first two parts, as its third.
+
+        Raises:
+            TokenError: it only checks.
+        """
+
+    def accepts(self, signed: str, signature: str) -> bool:
+        """Whether the signature is this key's, spelled as it would spell it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SigningKey:
     """An HMAC key. ``kid`` is public: it tells the checker which key to use while keys are rotated.
@@ -85,6 +108,7 @@ class SigningKey:
 
     kid: str
     secret: bytes = field(repr=False)
+    alg: ClassVar[str] = "HS256"
 
     def __post_init__(self) -> None:
         if not self.kid:
@@ -93,6 +117,15 @@ class SigningKey:
             raise ValueError(
                 f"signing key {self.kid!r} has {len(self.secret)} bytes; HS256 needs at least {SECRET_BYTES_MIN}"
             )
+
+    def signature(self, signed: str) -> str:
+        """See `TokenKey.signature`."""
+        return _base64url(hmac.digest(self.secret, signed.encode("ascii"), hashlib.sha256))
+
+    def accepts(self, signed: str, signature: str) -> bool:
+        """See `TokenKey.accepts`; in constant time."""
+        # Compared as text: base64 has spare bits, so several texts decode to one signature; only ours is accepted.
+        return hmac.compare_digest(self.signature(signed), signature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,24 +198,25 @@ class TokenSigner:
         ValueError: no key, or two keys with one kid.
     """
 
-    def __init__(self, keys: Sequence[SigningKey]) -> None:
+    def __init__(self, keys: Sequence[TokenKey]) -> None:
         if not keys:
             raise ValueError("a token signer needs at least one signing key")
         self._keys = {key.kid: key for key in keys}
         if len(self._keys) != len(keys):
             raise ValueError("two signing keys have the same kid; give each its own")
-        self._current = keys[0]
-        self._header = _encode({"alg": "HS256", "kid": self._current.kid, "typ": "JWT"})
+        self._current: TokenKey = keys[0]
+        self._header = _encode({"alg": self._current.alg, "kid": self._current.kid, "typ": "JWT"})
         self._checked: OrderedDict[str, LeaseClaims] = OrderedDict()
 
     def sign(self, claims: LeaseClaims) -> str:
         """The token that says `claims`.
 
         Raises:
-            TokenError: the ids and URLs in it are so long that the token would exceed `TOKEN_CHARS_MAX`.
+            TokenError: the ids and URLs in it are so long that the token would exceed `TOKEN_CHARS_MAX`, or the first
+                key only checks.
         """
         signed = f"{self._header}.{_encode(_payload(claims))}"
-        token = f"{signed}.{_signature(self._current, signed)}"
+        token = f"{signed}.{self._current.signature(signed)}"
         if len(token) > TOKEN_CHARS_MAX:
             raise TokenError(
                 f"the token of lease {claims.lease_id} would have {len(token)} characters, over {TOKEN_CHARS_MAX}; "
@@ -209,21 +243,23 @@ class TokenSigner:
     def _check(self, token: str) -> LeaseClaims:
         header, payload, signature = _split(token)
         key = self._key_of(header)
-        # Compared as text: base64 has spare bits, so several texts decode to one signature; only ours is accepted.
-        if not hmac.compare_digest(_signature(key, f"{header}.{payload}"), signature):
+        if not key.accepts(f"{header}.{payload}", signature):
             raise TokenInvalid("the token's signature does not match: it was forged, cut or changed")
         return _claims(_decode(payload))
 
-    def _key_of(self, header: str) -> SigningKey:
+    def _key_of(self, header: str) -> TokenKey:
         if header == self._header:
             return self._current
         fields = _decode(header)
         # Never let the token choose its own check ("alg": "none" and its kin, RFC 8725 section 3.1).
-        if fields.get("alg") != "HS256" or fields.get("typ", "JWT") != "JWT" or "crit" in fields:
-            raise TokenInvalid("the token is not an HS256 JWT")
+        algs = sorted({key.alg for key in self._keys.values()})
+        if fields.get("alg") not in algs or fields.get("typ", "JWT") != "JWT" or "crit" in fields:
+            raise TokenInvalid(f"the token is no JWT of {' or '.join(algs)}")
         key = self._keys.get(str(fields.get("kid")))
         if key is None:
             raise TokenInvalid(f"the token was signed by key {str(fields.get('kid'))[:64]!r}, which is not configured")
+        if fields["alg"] != key.alg:  # a public key must never serve as the secret of an HMAC
+            raise TokenInvalid(f"the token names {fields['alg']}, but its key {key.kid!r} is one of {key.alg}")
         return key
 
 
@@ -244,10 +280,6 @@ def _split(token: str) -> tuple[str, str, str]:
     if len(parts) != 3 or not token.isascii():
         raise TokenInvalid("not a compact JWT: three base64url parts joined by dots are expected")
     return parts[0], parts[1], parts[2]
-
-
-def _signature(key: SigningKey, signed: str) -> str:
-    return _base64url(hmac.digest(key.secret, signed.encode("ascii"), hashlib.sha256))
 
 
 def _base64url(data: bytes) -> str:

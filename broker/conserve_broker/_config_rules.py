@@ -183,9 +183,9 @@ def _token_keys(config: Tables) -> Iterator[str]:
     for kid in _repeated(key.kid for key in config.token.keys):
         yield f"token.keys.{kid}.kid: used by more than one key; give each its own kid"
     for key in config.token.keys:
-        given = [key.secret is not None, key.secret_file is not None, key.secret_env is not None]
-        if sum(given) != 1:
-            yield f"token.keys.{key.kid}: set exactly one of secret, secret_file, secret_env"
+        given = [key.secret, key.secret_file, key.secret_env, key.private_key_file]
+        if sum(one is not None for one in given) != 1:
+            yield f"token.keys.{key.kid}: set exactly one of secret, secret_file, secret_env, private_key_file"
         elif key.secret is not None and len(key.secret.get_secret_value().encode()) < SECRET_BYTES_MIN:
             yield (
                 f"token.keys.{key.kid}.secret: shorter than {SECRET_BYTES_MIN} bytes; make one with "

@@ -213,7 +213,7 @@ class StoreTable(Table):
 
 
 class TokenKeyTable(Table):
-    """`[[token.keys]]`: one key that signs lease tokens, given in exactly one of three ways."""
+    """`[[token.keys]]`: one key that signs lease tokens, given in exactly one of four ways."""
 
     kid: Name
     """Name of the key; it stands in every token signed with it."""
@@ -223,6 +223,8 @@ class TokenKeyTable(Table):
     """File that holds the secret, relative to the configuration file; blanks at its ends are dropped."""
     secret_env: Annotated[str, Field(min_length=1)] | None = None
     """Environment variable that holds the secret."""
+    private_key_file: str | None = None
+    """PEM file with an Ed25519 key instead, relative to the configuration file: guards need only its public key."""
 
 
 class TokenTable(Table):

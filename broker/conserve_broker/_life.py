@@ -112,7 +112,13 @@ class Life:
         self._engine_keys = config.engine_keys()
         self._dns_names: dict[EngineId, str] = {}
         self._address_guard = AddressGuard(UrlGuard(config.registration.allow).networks)
-        self.gate = Gate(config.api_keys(), access=config.access, denied=self._metrics.denied, log=log)
+        self.gate = Gate(
+            config.api_keys(),
+            access=config.access,
+            admitted=self._metrics.admitted,
+            denied=self._metrics.denied,
+            log=log,
+        )
         self.front = Front(leadership=self._replica, warnings=self._warnings)
         self._feed = Feed(
             lambda: snapshot_of(self.front, now_ms=self._clock.now_ms()),

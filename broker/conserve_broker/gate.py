@@ -65,6 +65,7 @@ class Gate:
     Args:
         keys: of the configuration; empty: the broker is open.
         access: what holds for all of them; its own `keys` are not looked at.
+        admitted: called with the key's id whenever a request is let in.
         denied: called with the problem's code whenever a request is turned away.
         clock_s: monotonic seconds, for rates.
         now: the time of day, for the ends of keys.
@@ -76,6 +77,7 @@ class Gate:
         keys: Sequence[ApiKeyTable] = (),
         *,
         access: AccessTable | None = None,
+        admitted: Callable[[str], None] | None = None,
         denied: Callable[[str], None] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -85,6 +87,7 @@ class Gate:
         self._access = access or AccessTable()
         self._entries = {key.id: key for key in keys}
         self._buckets: dict[str, TokenBucket] = {}
+        self._admitted = admitted or (lambda _: None)
         self._denied = denied or (lambda _: None)
         self._clock_s = clock_s
         self._now = now
@@ -138,6 +141,7 @@ class Gate:
             self._denied(raised.problem.code)
             self._tell(raised.problem)
             raise
+        self._admitted(caller.key_id)
         return caller
 
     def _entry(self, authorization: str) -> ApiKeyTable:

@@ -64,6 +64,13 @@ class BrokerMetrics(Observer):
         """Export what every broker has, one that stands by included."""
         self.registry.register(_BrokerState(role, listeners))
 
+        self._requests = Counter(
+            "conserve_api_key_requests",
+            "Requests let in by the id of their API key; one that stands still can be taken away",
+            labelnames=["key_id"],
+            registry=self.registry,
+        )
+
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""
         self.forget()
@@ -90,6 +97,10 @@ class BrokerMetrics(Observer):
     def committed(self, seconds: float) -> None:
         """See `Observer.committed`."""
         self._commit.observe(seconds)
+
+    def admitted(self, key_id: str) -> None:
+        """A request was let in with this API key."""
+        self._requests.labels(key_id).inc()
 
     def denied(self, code: str) -> None:
         """A request was turned away at the gate."""

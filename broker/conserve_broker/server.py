@@ -17,7 +17,7 @@ from conserve_broker.logbook import Log, logger
 from conserve_broker.settings import BrokerConfig, ConfigProblem
 from conserve_broker.tracing import Tracing
 from conserve_sdk.core.events import EngineState
-from conserve_sdk.tokens import SigningKey, TokenSigner
+from conserve_sdk.tokens import TokenSigner
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -64,8 +64,7 @@ class BrokerServer:
         self._log = log or logger()
         self._host = config.listen.host
         self._port = config.listen.port
-        keys = [SigningKey(kid=key.kid, secret=key.secret) for key in config.token_keys()]
-        self._signer = TokenSigner(keys)
+        self._signer = TokenSigner(config.token_keys())
         self._tracing = Tracing(tracer_provider) if config.watch.tracing == "otel" else None
         self._life: Life | None = None
         self._thread: threading.Thread | None = None

@@ -39,7 +39,7 @@ from conserve_broker.engine_keys import EngineKeys
 from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms, Tokens
-from conserve_sdk.tokens import SigningKey
+from conserve_sdk.tokens import TokenKey
 
 __all__ = [
     "AccessTable",
@@ -130,7 +130,7 @@ class BrokerConfig(Table):
         """The engines as the core knows them, in the order of the file."""
         return tuple(engine.spec() for engine in self.engine)
 
-    def token_keys(self, *, create: bool = True) -> tuple[SigningKey, ...]:
+    def token_keys(self, *, create: bool = True) -> tuple[TokenKey, ...]:
         """Keys for lease tokens: the first signs, all verify; see `signing_keys.resolve`.
 
         Raises:
@@ -212,6 +212,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     keys = token.get("keys") if isinstance(token, dict) else None
     for key in keys if isinstance(keys, list) else ():
         _anchor(key, "secret_file", path.parent)
+        _anchor(key, "private_key_file", path.parent)
     return data
 
 

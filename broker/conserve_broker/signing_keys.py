@@ -8,14 +8,15 @@ from pathlib import Path
 
 from conserve_broker._config_errors import ConfigProblem
 from conserve_broker._config_tables import TokenKeyTable
-from conserve_sdk.tokens import SECRET_BYTES_MIN, SigningKey
+from conserve_sdk._ed25519 import PrivateKey
+from conserve_sdk.tokens import SECRET_BYTES_MIN, SigningKey, TokenKey
 
 HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 48`"
 _OWN_KID = "journal"
 _OWN_BYTES = 48
 
 
-def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool = True) -> tuple[SigningKey, ...]:
+def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool = True) -> tuple[TokenKey, ...]:
     """The keys to sign (the first) and to verify (all) with.
 
     Without configured keys: the key file beside the journal, which is made when `create` is set and it is missing; a
@@ -25,10 +26,19 @@ def resolve(keys: tuple[TokenKeyTable, ...], *, journal_path: str, create: bool 
         ConfigProblem: a secret is missing, too short or unreadable.
     """
     if keys:
-        return tuple(SigningKey(kid=key.kid, secret=_long_enough(key, _read(key))) for key in keys)
+        return tuple(_key(key) for key in keys)
     if not journal_path:
         return (SigningKey(kid="memory", secret=secrets.token_bytes(_OWN_BYTES)),)
     return (SigningKey(kid=_OWN_KID, secret=_own_secret(Path(f"{journal_path}.key"), create=create)),)
+
+
+def _key(key: TokenKeyTable) -> TokenKey:
+    if key.private_key_file is None:
+        return SigningKey(kid=key.kid, secret=_long_enough(key, _read(key)))
+    try:
+        return PrivateKey(key.kid, _content(key, "private_key_file", key.private_key_file))
+    except ValueError as error:
+        raise ConfigProblem([f"token.keys.{key.kid}.private_key_file: {error}"]) from error
 
 
 def _read(key: TokenKeyTable) -> bytes:
@@ -39,11 +49,15 @@ def _read(key: TokenKeyTable) -> bytes:
         if value is None:
             raise ConfigProblem([f"token.keys.{key.kid}.secret_env: {key.secret_env} is not set in the environment"])
         return value.strip().encode()
+    return _content(key, "secret_file", str(key.secret_file)).strip()
+
+
+def _content(key: TokenKeyTable, name: str, path: str) -> bytes:
     try:
-        return Path(str(key.secret_file)).read_bytes().strip()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ConfigProblem(
-            [f"token.keys.{key.kid}.secret_file: cannot read {key.secret_file} ({error.strerror}); correct the path"]
+            [f"token.keys.{key.kid}.{name}: cannot read {path} ({error.strerror}); correct the path"]
         ) from error
 
 

@@ -75,7 +75,7 @@ class Judge:
         self._now_ms = now_ms
         self._kept_ms = kept_ms
         self._tokens = TokenSigner(settings.keys)
-        self._press = StampPress(settings.keys)
+        self._press = StampPress(settings.secrets())
         self._spent = SpentTransfers()
 
     # ---- requests -----------------------------------------------------------------------------------------------

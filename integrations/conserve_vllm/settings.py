@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from conserve_sdk._ed25519 import PublicKey
 from conserve_sdk.core.units import EngineId, Ms
-from conserve_sdk.tokens import SigningKey
+from conserve_sdk.tokens import SigningKey, TokenKey
 
 __all__ = ["GuardConfigError", "GuardSettings"]
 
 PREFIX = "CONSERVE_GUARD_"
 VARIABLES = {
     "ENGINE_ID": "this engine's id in the broker's list",
-    "KEYS": "the broker's token keys, first one current: kid=file:/path or kid=env:NAME, joined by commas",
+    "KEYS": "the broker's token keys, first one current, joined by commas: kid=file:/path, kid=env:NAME, or "
+    "kid=public:/path.pem",
+    "STAMP_KEYS": "secrets that all guards share, where KEYS names public keys only: kid=file:/path or kid=env:NAME",
     "REQUIRE_LEASE": "1 refuses every request to a model that carries no valid lease token",
     "TRANSFER_DEADLINE_MS": "how old transfer params may be",
     "CLOCK_LEEWAY_MS": "how far the clocks of broker, prefiller and decoder may differ",
@@ -39,7 +42,8 @@ class GuardSettings:
 
     Attributes:
         engine_id: this engine's id, as lease tokens name it.
-        keys: the broker's signing keys, current first.
+        keys: the broker's token keys, current first; public keys suffice.
+        stamp_keys: secrets that the guards share to stamp transfers; empty: the secrets among `keys`.
         require_lease: refuse requests to the model without a lease.
         transfer_deadline_ms: transfer params older than this are refused; must stay well under the prefiller's
             `kv_lease_duration` (30 s unless configured), after which vLLM may hand their blocks to another prompt.
@@ -51,7 +55,8 @@ class GuardSettings:
     """
 
     engine_id: EngineId
-    keys: tuple[SigningKey, ...]
+    keys: tuple[TokenKey, ...]
+    stamp_keys: tuple[SigningKey, ...] = ()
     require_lease: bool = False
     transfer_deadline_ms: Ms = Ms(20_000)
     clock_leeway_ms: Ms = Ms(5_000)
@@ -68,9 +73,11 @@ class GuardSettings:
             GuardConfigError: a variable is missing, unknown or wrong.
         """
         read = _Reader(os.environ if env is None else env)
+        keys = read.keys()
         return cls(
             engine_id=EngineId(read.needed("ENGINE_ID", "set it to the id that the broker's configuration lists")),
-            keys=read.keys(),
+            keys=keys,
+            stamp_keys=read.stamp_keys(keys),
             require_lease=read.flag("REQUIRE_LEASE"),
             transfer_deadline_ms=Ms(read.whole("TRANSFER_DEADLINE_MS", 20_000, at_least=1)),
             clock_leeway_ms=Ms(read.whole("CLOCK_LEEWAY_MS", 5_000, at_least=0)),
@@ -79,6 +86,14 @@ class GuardSettings:
             role=read.one_of("ROLE", ROLES),
             tier=read.text("TIER"),
         )
+
+    def secrets(self) -> tuple[SigningKey, ...]:
+        """What transfers are stamped with."""
+        return self.stamp_keys or _secrets_among(self.keys)
+
+
+def _secrets_among(keys: tuple[TokenKey, ...]) -> tuple[SigningKey, ...]:
+    return tuple(key for key in keys if isinstance(key, SigningKey))
 
 
 class _Reader:
@@ -116,36 +131,52 @@ class _Reader:
             raise GuardConfigError(f"{PREFIX}{name}={value!r} must be one of {', '.join(choices)}")
         return value
 
-    def keys(self) -> tuple[SigningKey, ...]:
+    def keys(self) -> tuple[TokenKey, ...]:
         listed = self.needed(
             "KEYS", "list the broker's token keys, such as main=file:/run/secrets/conserve-token-key (kid=where)"
         )
-        keys = tuple(self._key(item.strip()) for item in listed.split(",") if item.strip())
+        return self._listed("KEYS", listed)
+
+    def stamp_keys(self, keys: tuple[TokenKey, ...]) -> tuple[SigningKey, ...]:
+        given = self._listed("STAMP_KEYS", self.text("STAMP_KEYS"))
+        found = _secrets_among(given)
+        if len(found) != len(given):
+            raise GuardConfigError(f"{PREFIX}STAMP_KEYS: a public key stamps nothing; name secrets")
+        if not found and not _secrets_among(keys):
+            raise GuardConfigError(
+                f"{PREFIX}STAMP_KEYS is not set: with public token keys alone the guards need a secret of their own, "
+                "the same on all engines; make one with `openssl rand -base64 48`"
+            )
+        return found
+
+    def _listed(self, name: str, listed: str) -> tuple[TokenKey, ...]:
+        keys = tuple(self._key(name, item.strip()) for item in listed.split(",") if item.strip())
         if len({key.kid for key in keys}) != len(keys):
-            raise GuardConfigError(f"{PREFIX}KEYS names one kid twice; give each key its own")
+            raise GuardConfigError(f"{PREFIX}{name} names one kid twice; give each key its own")
         return keys
 
-    def _key(self, item: str) -> SigningKey:
+    def _key(self, name: str, item: str) -> TokenKey:
         kid, _, place = item.partition("=")
         how, _, where = place.partition(":")
-        if not kid or how not in ("file", "env") or not where:
+        if not kid or how not in ("file", "env", "public") or not where:
             # The item itself is not shown: it may be a secret that was put here by mistake.
             raise GuardConfigError(
-                f"{PREFIX}KEYS: each entry is kid=file:/path or kid=env:NAME; correct the one of {kid[:32]!r}"
+                f"{PREFIX}{name}: each entry is kid=file:/path or kid=env:NAME; correct the one of {kid[:32]!r}"
             )
+        content = self._content(name, how, where)
         try:
-            return SigningKey(kid=kid, secret=self._secret(how, where))
+            return PublicKey(kid, content) if how == "public" else SigningKey(kid=kid, secret=content)
         except ValueError as error:
-            if isinstance(error, GuardConfigError):
-                raise
-            raise GuardConfigError(f"{PREFIX}KEYS: {error}; use the broker's own secret") from error
+            raise GuardConfigError(f"{PREFIX}{name}: {error}; use the broker's own secret") from error
 
-    def _secret(self, how: str, where: str) -> bytes:
+    def _content(self, name: str, how: str, where: str) -> bytes:
         if how == "env":
             if where not in self._env:
-                raise GuardConfigError(f"{PREFIX}KEYS: {where} is not set in the environment")
+                raise GuardConfigError(f"{PREFIX}{name}: {where} is not set in the environment")
             return self._env[where].strip().encode()
         try:
             return Path(where).read_bytes().strip()
         except OSError as error:
-            raise GuardConfigError(f"{PREFIX}KEYS: cannot read {where} ({error.strerror}); correct the path") from error
+            raise GuardConfigError(
+                f"{PREFIX}{name}: cannot read {where} ({error.strerror}); correct the path"
+            ) from error

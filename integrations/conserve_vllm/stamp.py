@@ -4,8 +4,8 @@ A decoder cannot see when a prompt was prefilled, how many blocks it got, or whe
 their way; vLLM 0.32 does not look either. So the prefiller's guard adds one field to the params it answers with. The
 client carries it along with the rest, and the decoder's guard takes it out again before vLLM reads them.
 
-The key is derived from the broker's token key, which every guard has; a lease token is never good as a stamp, nor the
-other way round.
+The key is derived from the broker's token key where that is a secret which every guard has, else from one that the
+guards share; a lease token is never good as a stamp, nor the other way round.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class StampPress:
     """Signs with the first key, accepts all.
 
     Args:
-        keys: the broker's token keys, current first.
+        keys: secrets that all guards have, current first.
     """
 
     def __init__(self, keys: Sequence[SigningKey]) -> None:

@@ -29,6 +29,7 @@ BLUE = new_key(tenant="blue", scopes=("agent",), key_id="blue-1")
 WORKER = new_key(tenant="gpu", scopes=("worker",), key_id="gpu-1")
 ADMIN = new_key(tenant="ops", scopes=("admin",), key_id="ops-1")
 EVERYBODY = (RED, BLUE, WORKER, ADMIN)
+SIGNER = TokenSigner([SigningKey(kid="test", secret=b"s" * 32)])
 
 
 class Clock:
@@ -52,6 +53,7 @@ class House:
         self.gate = Gate(
             [key.table for key in keys],
             access=AccessTable(**access),
+            admitted=self.metrics.admitted,
             denied=self.metrics.denied,
             clock_s=lambda: clock.now_s,
             now=lambda: clock.date,
@@ -79,11 +81,11 @@ def clock() -> Clock:
 
 
 @asynccontextmanager
-async def running(settings: BrokerSettings) -> AsyncIterator[BrokerService]:
+async def running(settings: BrokerSettings, *, signer: TokenSigner = SIGNER) -> AsyncIterator[BrokerService]:
     service = BrokerService(
         settings,
         engines=small_fleet(),
-        signer=TokenSigner([SigningKey(kid="test", secret=b"s" * 32)]),
+        signer=signer,
         journal=MemoryJournal(),
     )
     async with service:
@@ -236,6 +238,7 @@ async def test_probes_and_the_document_are_open_and_metrics_as_configured(
     assert (await strict.http.get("/metrics")).status_code == 401
     assert (await strict.ask("GET", "/metrics", RED)).status_code == 403
     page = await strict.ask("GET", "/metrics", ADMIN)
+    assert 'conserve_api_key_requests_total{key_id="ops-1"} 1.0' in page.text
     assert 'conserve_requests_denied_total{code="key_missing"} 1.0' in page.text
     assert 'conserve_requests_denied_total{code="scope_missing"} 1.0' in page.text
 

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--worker-key-file", default="", help=f"file with the broker's worker key (or {KEY_VARIABLE}, or {API_KEY_ENV})"
     )
-    add("--token-keys", default="", help="the broker's token keys: kid=file:/path,... (or CONSERVE_GUARD_KEYS)")
+    add("--token-keys", default="", help="the broker's token keys: kid=file:/path or kid=public:/path.pem, ...")
     add("--no-guard", dest="guard", action="store_false", help="start without LeaseGuard: trusted networks only")
     add("--require-lease", action="store_true", help="the guard refuses requests that carry no lease")
     add("--transfer-group", default="nixl", help="engines of one group can move KV between each other")
