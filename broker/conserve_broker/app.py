@@ -11,7 +11,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import FastAPI, Header
 from fastapi.routing import APIRoute
@@ -237,10 +237,12 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None)
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["probes"], summary="New conversations can be served")
-    async def readyz() -> JSONResponse:
+    async def readyz(standby: Literal["", "ok"] = "") -> JSONResponse:
+        """With `?standby=ok` a standby that could lead at once is ready, too (for orchestrators, not for clients)."""
         state = service.readiness()
+        good = state.ready or (bool(standby) and state.can_lead)
         body = {"ready": state.ready, "role": state.role, "reasons": state.reasons, "warnings": state.warnings}
-        return JSONResponse(body, status_code=200 if state.ready else 503)
+        return JSONResponse(body, status_code=200 if good else 503)
 
     if metrics is not None:
 

@@ -88,7 +88,8 @@ class Front:
             reason = f"standby: {leadership.leader_url} leads"
         else:
             reason = "standby: a leader is being found, or does not say where it answers"
-        return Readiness(reasons=(reason,), warnings=warnings, role="standby")
+        can_lead = leadership.follows and not leadership.failure
+        return Readiness(reasons=(reason,), warnings=warnings, role="standby", can_lead=can_lead)
 
     def _leads(self) -> bool:
         return self._leadership is None or self._leadership.leads()

@@ -54,11 +54,13 @@ class Readiness:
         reasons: why not; empty when ready.
         warnings: what somebody should look at all the same.
         role: `alone`, or `leader` or `standby` among replicas.
+        can_lead: a standby that knows all leases and would lead at once.
     """
 
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     role: str = "alone"
+    can_lead: bool = False
 
     @property
     def ready(self) -> bool:
