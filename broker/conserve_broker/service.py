@@ -13,7 +13,7 @@ import gc
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -305,8 +305,10 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: Iterable[Change]) -> None:
+    def _submit(self, changes: Sequence[Change]) -> None:
         """Have the changes written; whatever else this round of the loop brings goes with them."""
+        if not changes:
+            return
         if not self._unsent:
             loop = asyncio.get_running_loop()
             self._commit = loop.create_future()
