@@ -350,7 +350,8 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None,
         summary="New conversations can be served, or why not",
         responses={200: {"model": ReadinessInfo}, 503: {"model": ReadinessInfo}},
     )
-    async def readyz() -> JSONResponse:
+    async def readyz(standby: str = "") -> JSONResponse:
+        """With `?standby=ok` a standby that could lead at once is ready, too (for orchestrators, not for clients)."""
         state = service.readiness()
         told = ReadinessInfo(
             ready=state.ready,
@@ -359,7 +360,8 @@ def _add_probes(app: FastAPI, service: Answering, metrics: BrokerMetrics | None,
             reasons=state.reasons,
             warnings=state.warnings,
         )
-        return JSONResponse(told.model_dump(), status_code=200 if state.ready else 503)
+        good = state.ready or (standby == "ok" and state.can_lead)
+        return JSONResponse(told.model_dump(), status_code=200 if good else 503)
 
     if metrics is not None:
 

@@ -97,7 +97,8 @@ class Front:
             reason = f"standby: {leadership.leader_url} leads"
         else:
             reason = "standby: a leader is being found, or does not say where it answers"
-        return Readiness(reasons=(reason,), warnings=warnings, role="standby")
+        can_lead = leadership.follows and not leadership.failure
+        return Readiness(reasons=(reason,), warnings=warnings, role="standby", can_lead=can_lead)
 
     @property
     def leader_url(self) -> str:

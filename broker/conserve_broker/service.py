@@ -13,7 +13,7 @@ import gc
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -54,11 +54,13 @@ class Readiness:
         reasons: why not; empty when ready.
         warnings: what somebody should look at all the same.
         role: `alone`, or `leader` or `standby` among replicas.
+        can_lead: a standby that knows all leases and would lead at once.
     """
 
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     role: str = "alone"
+    can_lead: bool = False
 
     @property
     def ready(self) -> bool:
@@ -324,8 +326,10 @@ class BrokerService:
         granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
         return commit if outcome.changes or drains or granted else None
 
-    def _submit(self, changes: Iterable[Change]) -> None:
+    def _submit(self, changes: Sequence[Change]) -> None:
         """Have the changes written; whatever else this round of the loop brings goes with them."""
+        if not changes:
+            return
         if not self._unsent:
             loop = asyncio.get_running_loop()
             self._commit = loop.create_future()

@@ -288,6 +288,16 @@ class BrokerProcess:
                 time.sleep(0.02)
         return grant
 
+    def ask(self, conversation: str) -> LeaseGrant | None:
+        """Ask for a lease once."""
+        with httpx2.Client(timeout=5.0, trust_env=False) as http:
+            return _asked(http, self.url, conversation)
+
+    def give_back(self, grant: LeaseGrant) -> None:
+        """Release a lease."""
+        headers = {"Authorization": f"Lease {grant.token}"}
+        httpx2.delete(f"{self.url}/v1/leases/{grant.lease_id}", headers=headers, timeout=5.0, trust_env=False)
+
     def unknown(self, lease_ids: Sequence[str]) -> int:
         """How many of these leases this broker, leading now, does not know."""
         with httpx2.Client(timeout=5.0, trust_env=False) as http:

@@ -157,6 +157,8 @@ def test_a_standby_says_who_leads_and_answers_nothing_else(replicas: Replicas) -
     ready = httpx2.get(f"{standby.url}/readyz")
     assert (ready.status_code, ready.json()["role"]) == (503, "standby")
     assert ready.json()["reasons"] == [f"standby: {leader.url} leads"]
+    for_orchestrators = httpx2.get(f"{standby.url}/readyz", params={"standby": "ok"})
+    assert (for_orchestrators.status_code, for_orchestrators.json()["ready"]) == (200, False)
     assert httpx2.get(f"{standby.url}/healthz").status_code == 200
     assert (leader.readyz()["ready"], leader.readyz()["role"]) == (True, "leader")
 

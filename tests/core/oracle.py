@@ -105,9 +105,19 @@ class Oracle:
             if due is not None and self.deadline_ms(due) > self.now_ms:
                 del self.pending[event.request_id]
         self._follow_engine(event)
+        if isinstance(event, LeaseReadopted):
+            self._follow_readoption(event, decisions)  # whoever waits for its key is answered with it at once
         for decision in decisions:
             self._follow_decision(event, decision)
         self._follow_touch(event, decisions)
+
+    def _follow_readoption(self, event: LeaseReadopted, decisions: list[Decision]) -> None:
+        lease_id = event.lease.lease_id
+        verdicts = [each.verdict for each in decisions if isinstance(each, LeaseAnswered) and each.lease_id == lease_id]
+        if LeaseVerdict.OK in verdicts and lease_id not in self.ends:
+            assert lease_id not in self.ended or self._forgotten(lease_id), "what ended is not re-adopted"
+            assert event.lease.expires_at_ms > self.now_ms, "4: no resurrection"
+            self.ends[lease_id] = max(event.lease.expires_at_ms, self.grace_until_ms)
 
     def _follow_engine(self, event: Event) -> None:
         match event:
@@ -166,10 +176,7 @@ class Oracle:
         ok = one.verdict is LeaseVerdict.OK
         assert (one.lease is not None) is ok
         if isinstance(event, LeaseReadopted):
-            if ok and lease_id not in self.ends:
-                assert lease_id not in self.ended or self._forgotten(lease_id), "what ended is not re-adopted"
-                assert event.lease.expires_at_ms > self.now_ms, "4: no resurrection"
-                self.ends[lease_id] = max(event.lease.expires_at_ms, self.grace_until_ms)
+            assert not ok or lease_id in self.ends
             return
         if isinstance(event, LeaseReleased):
             assert lease_id not in self.ends
