@@ -16,7 +16,7 @@ from conserve_lab.simulator.fleet import Fleet
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.invariants import Invariants
 from conserve_lab.simulator.kernel import Kernel
-from conserve_lab.simulator.run import Outcome
+from conserve_lab.simulator.run import WARM_US, Outcome
 from conserve_lab.workloads import generate
 from conserve_sdk.core import Broker
 from conserve_sdk.core.events import DropReason, EngineState, Granted, LeaseDropped, TurnFinished
@@ -48,7 +48,7 @@ def test_conversations_of_an_only_decoder_wait_until_it_is_back() -> None:
     fault = Fault(kind=FaultKind.FAIL, at_us=1_500_000)
     outcome = simulate(conversations, policy, [KIND] * 4, per_s=4, seed=2, faults=(fault,))
     assert summarise(outcome)["lost_calls"] > 0
-    assert all(story.done_us > fault.at_us + RESTART_US for story in outcome.stories)
+    assert all(story.done_us > WARM_US + fault.at_us + RESTART_US for story in outcome.stories)
 
 
 def test_a_first_turn_whose_prefiller_dies_is_prefilled_on_the_decoder() -> None:
