@@ -129,4 +129,4 @@ def test_a_trace_goes_on_from_its_start_when_it_is_too_short(tmp_path: Path) -> 
     (row,) = compare([Arm(cell=cell, policy=POLICIES["paper"], seed=1)], processes=1, advance=lambda: None)
     assert row["conversations"] == 7
     assert row["migrations"] == 7
-    assert row["workload"] == "t.jsonl"
+    assert row["workload"] == "t"
