@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from conserve_lab.engine_model import (
@@ -13,6 +15,7 @@ from conserve_lab.engine_model import (
     TransferCost,
     TransferLink,
 )
+from conserve_lab.hardware import PowerModel
 
 COST = StepCost(base_us=1000, decode_us_per_sequence=10, decode_ns_per_context_token=0, prefill_tokens_per_s=1_000_000)
 
@@ -255,3 +258,37 @@ def test_transfers_queue_behind_each_other_on_one_link() -> None:
 
 def test_capacity_in_tokens() -> None:
     assert EngineModelConfig(block_size=16, kv_blocks=10).kv_capacity_tokens == 160
+
+
+def test_a_long_prefill_that_is_alone_takes_the_whole_batch() -> None:
+    model = build(long_prefill_token_threshold=4)
+    model.submit(request("a", 40))
+    assert model.step(0).prefill_tokens == 16
+    model.submit(request("b", 40, family=1))
+    assert model.step(0).prefill_tokens == 8, "four tokens of each"
+
+
+def test_a_peer_may_have_a_part_of_the_prompt_only() -> None:
+    model = build()
+    part = EngineRequest(
+        request_id="a", prompt_tokens=40, output_tokens=1, block_keys=range(10), pull=True, pull_tokens=24
+    )
+    model.submit(part)
+    (fetch,) = model.step(0).fetches
+    assert fetch.missing_tokens == 24
+    assert model.fetch_finished("a", ok=True)
+    assert finish(model)["a"] == PromptSources(16, 0, 24)
+    model.submit(replace(part, request_id="b", pull_tokens=8))
+    assert finish(model)["b"] == PromptSources(4, 36, 0), "what is here already is not fetched"
+
+
+def test_a_power_cap_saves_nothing_in_a_step_that_draws_less() -> None:
+    free = PowerModel(idle_mw=50_000, full_mw=300_000, cap_mw=300_000, weights_us=500)
+    capped = replace(free, cap_mw=200_000)
+
+    def spent(model: PowerModel, prefill_tokens: int) -> int:
+        work = {"duration_us": 1_000, "steps": 1, "context_tokens": 0, "pairs": 0}
+        return model.step_nj(COST, prefill_tokens=prefill_tokens, **work)
+
+    assert spent(free, 0) == spent(capped, 0) < 150_000 * 1_000
+    assert spent(free, 1_000) > spent(capped, 1_000) == 150_000 * 1_000

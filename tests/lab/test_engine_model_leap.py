@@ -121,3 +121,19 @@ def test_a_long_decode_is_one_leap() -> None:
     assert len(leap.durations_us) == 498, "all but the last token, which ends the request"
     assert leap.duration_us == sum(leap.durations_us)
     assert run.model.plan_leap(leap.duration_us, until_us=10**9) is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(2, 60)), min_size=1, max_size=5), st.integers(1, 4_000))
+@settings(max_examples=60, deadline=None)
+def test_a_leap_cut_short_is_the_leap_planned_for_less(sizes: list[tuple[int, int]], span_us: int) -> None:
+    model = EngineModel(EngineModelConfig(block_size=BLOCK, kv_blocks=500, max_num_batched_tokens=500, cost=COST))
+    for number, (prompt, output) in enumerate(sizes):
+        keys = range(1000 * number, 1000 * number + (prompt + output) // BLOCK)
+        request = EngineRequest(request_id=f"r{number}", prompt_tokens=prompt, output_tokens=output, block_keys=keys)
+        model.submit(request)
+    now_us = model.step(0).duration_us
+    whole = model.plan_leap(now_us, until_us=1 << 40)
+    part = model.plan_leap(now_us, until_us=now_us + span_us)
+    assert (whole is None) == (part is None)
+    if whole is not None:
+        assert whole.before(span_us) == part

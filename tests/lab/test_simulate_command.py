@@ -12,6 +12,7 @@ from conserve_lab.cli import simulate_main
 from conserve_lab.hardware import CALIBRATED, UnknownEngine, engine_kind
 from conserve_lab.simulator import POLICIES, Arm, Cell, RunFailed, compare
 from conserve_lab.simulator.agent import Agent
+from conserve_lab.simulator.command import chosen_policies
 
 PROMISED = {
     "workload",
@@ -49,6 +50,10 @@ def test_a_comparison_writes_a_row_per_cell_and_policy(tmp_path: Path, capsys: p
     [
         ("--workload nope", "no workload 'nope'"),
         ("--trace /nowhere.jsonl", "no readable file"),
+        ("--workload coding --with tools=slow", "no variation 'tools=slow'"),
+        ("--workload coding --policy paper@0/1", "no policy 'paper@0/1'"),
+        ("--workload coding --policy paper@1/2/3", "no policy 'paper@1/2/3'"),
+        ("--workload coding --policy a0@1/2", "a0 has no prefillers: write a0@2"),
         ("--workload coding --policy nope", "no policy 'nope'"),
         ("--workload coding --policy a0@x", "no policy 'a0@x'"),
         ("--workload coding --engine h100/unknown", "unknown engine"),
@@ -64,6 +69,36 @@ def test_wrong_usage_ends_in_one_line_and_exit_code_2(
     assert err.count("\n") == 1
 
 
+def test_loads_relative_to_saturation_a_sweep_and_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turn = {"input_tokens_new": 900, "output_tokens": 20}
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"turns": [turn] * 3}) + "\n")
+    monkeypatch.setenv("CONSERVE_TRACES", str(tmp_path))
+    rows_path, html_path = tmp_path / "rows.json", tmp_path / "report.html"
+    given = (
+        "--trace mine --with burst=2 --with fail=1 --of-saturation 0.5 --of-saturation 2 --policy a2 --policy default"
+    )
+    files = ["--json", str(rows_path), "--html", str(html_path)]
+    assert simulate_main(["compare", *given.split(), "--sweep", "--conversations", "8", "--seeds", "1", *files]) == 0
+    rows = json.loads(rows_path.read_text())
+    assert {row["workload"] for row in rows} == {"mine burst=2 fail=1"}
+    slow, fast = sorted({row["load"] for row in rows})
+    assert fast == pytest.approx(4 * slow, rel=0.01)
+    assert [row["settings"]["saturation"] for row in rows[:: len(rows) // 2]] == [0.5, 2.0]
+    chunks = [(row["policy"], row["settings"]["decode_chunk"]) for row in rows if row["load"] == slow]
+    assert chunks[:4] == [("a2@512", 512), ("a2@1024", 1024), ("a2", 2944), ("a2@8192", 8192)]
+    assert len(chunks) == 8
+    assert "Where ours loses" in html_path.read_text("utf-8")
+    assert "report in" in capsys.readouterr().out
+
+
+def test_chunks_are_given_per_role() -> None:
+    (both, decode) = chosen_policies(["paper@8192/256", "a0@128"])
+    assert (both.name, both.prefill_chunk, both.decode_chunk) == ("paper@8192/256", 8192, 256)
+    assert (decode.name, decode.decode_chunk) == ("a0@128", 128)
+
+
 def test_uncalibrated_engines_say_so() -> None:
     assert not engine_kind("h100/llama-3.1-8b").calibrated
     assert "not calibrated" in engine_kind("h100/llama-3.1-8b").source
@@ -77,7 +112,7 @@ def test_a_run_that_finds_itself_wrong_names_the_command_that_repeats_it(monkeyp
         raise AssertionError("the ledger is wrong")
 
     monkeypatch.setattr(Agent, "start", broken)
-    cell = Cell(workload="coding", per_s=1.0, conversations=3)
+    cell = Cell(workload="coding", per_s=1.0, conversations=3, variations=("skew=3", "drain=1"))
     arm = Arm(cell=cell, policy=POLICIES["a2"], seed=9)
     with pytest.raises(RunFailed, match="the ledger is wrong; to repeat it: conserve simulate compare") as failed:
         compare([arm], processes=1, advance=lambda: None)
@@ -94,4 +129,4 @@ def test_a_trace_goes_on_from_its_start_when_it_is_too_short(tmp_path: Path) -> 
     (row,) = compare([Arm(cell=cell, policy=POLICIES["paper"], seed=1)], processes=1, advance=lambda: None)
     assert row["conversations"] == 7
     assert row["migrations"] == 7
-    assert row["workload"] == "t.jsonl"
+    assert row["workload"] == "t"

@@ -90,6 +90,11 @@ class Agent:
         if self._fleet.broker is None:
             self._admitted()
             return
+        self._keep_alive()
+        self._ask(self._granted)
+
+    def _ask(self, then: Callable[[Lease], None]) -> None:
+        assert self._fleet.broker is not None
         key = LeaseKey(
             tenant=TenantId("simulated"),
             conversation_id=ConversationId(f"{self._conversation.conversation_id}#{self._number}"),
@@ -100,7 +105,7 @@ class Agent:
             key,
             input_tokens=self._claimed(self._prompt_tokens),
             prefix_key="shared" if self._conversation.shared_tokens else "",
-            then=self._granted,
+            then=then,
         )
 
     def _claimed(self, tokens: int) -> int:
@@ -111,7 +116,6 @@ class Agent:
 
     def _granted(self, lease: Lease) -> None:
         self._take(lease)
-        self._keep_alive()
         self._admitted()
 
     def _admitted(self) -> None:
@@ -124,8 +128,9 @@ class Agent:
         self._lease = lease
 
     def _keep_alive(self) -> None:
-        if self._lease is not None and self._fleet.broker is not None and not self.story.done_us:
-            self._fleet.broker.renew(self._lease)
+        if self._fleet.broker is not None and not self.story.done_us:
+            if self._lease is not None:
+                self._fleet.broker.renew(self._lease)
             self._fleet.kernel.after(RENEW_US, self._keep_alive)
 
     # ---- turn -------------------------------------------------------------------------------------------------
@@ -189,6 +194,7 @@ class Agent:
             cause=SupersedeCause.FAILURE,
             then=self._replaced,
             failed=failed,
+            refused=lambda: self._ask(self._replaced),
         )
 
     def _dispatch(self) -> None:

@@ -39,6 +39,9 @@ from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, PrefixKe
 SCRAPE_US = 1_000_000
 """The service's own interval; policy decisions get worse from 5 s on."""
 
+RETRY_US = 1_000_000
+"""Until a client that was refused asks again."""
+
 Answer = Callable[[Lease], None]
 
 
@@ -59,6 +62,7 @@ class SimulatedBroker:
         self._engines = engines
         self._ids = count(1)
         self._asked: dict[RequestId, Answer] = {}
+        self._refused: dict[RequestId, Callable[[], None]] = {}
         self._timer: Timer | None = None
         self._directives: dict[LeaseId, Directive] = {}
         self.invariants = Invariants(self.core, settings)
@@ -100,10 +104,13 @@ class SimulatedBroker:
         cause: SupersedeCause,
         then: Answer,
         failed: EngineId | None = None,
+        refused: Callable[[], None] | None = None,
     ) -> None:
-        """Ask for another lease in the place of this one; the answer may be the same one. After a failure it waits."""
+        """Ask for another lease in the place of this one; the answer may be the same one, or that there is no room."""
         request_id = RequestId(f"q{next(self._ids)}")
         self._asked[request_id] = then
+        if refused is not None:
+            self._refused[request_id] = refused
         self._directives.pop(lease.lease_id, None)
         self._feed(
             SupersedeRequested(
@@ -118,7 +125,7 @@ class SimulatedBroker:
                 cached_tokens=Tokens(cached_tokens),
                 first_turn_input_tokens=Tokens(input_tokens),
                 first_turn_input_bytes=0,
-                deadline_at_ms=Ms(1 << 50) if cause is SupersedeCause.FAILURE else self.now_ms,
+                deadline_at_ms=self.now_ms,
                 failed_engine_id=failed,
             )
         )
@@ -172,9 +179,13 @@ class SimulatedBroker:
                 case Granted():
                     self.invariants.granted(decision)
                     then = self._asked.pop(decision.request_id)
+                    self._refused.pop(decision.request_id, None)
                     self._kernel.after(0, lambda then=then, lease=decision.lease: then(lease))  # type: ignore[misc]
                 case Refused():
-                    raise AssertionError(f"refused in spite of endless patience: {decision.reason} {decision.detail}")
+                    del self._asked[decision.request_id]
+                    otherwise = self._refused.pop(decision.request_id, None)
+                    assert otherwise is not None, f"refused in spite of endless patience: {decision.detail}"
+                    self._kernel.after(RETRY_US, otherwise)
                 case LeaseAnswered():
                     self._directives[decision.lease_id] = decision.directive
                 case LeaseDropped():

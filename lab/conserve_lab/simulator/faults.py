@@ -23,18 +23,19 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One of them, `at_us` after the run's start."""
+    """One of them, `at_us` after the first conversation may arrive."""
 
     kind: FaultKind
     at_us: int
 
 
-def plan_faults(fleet: Fleet, faults: tuple[Fault, ...]) -> None:
-    """Let them happen: each to the next of the engines that decode, the last one first."""
+def plan_faults(fleet: Fleet, faults: tuple[Fault, ...], *, after_us: int) -> None:
+    """Let them happen, `after_us` later: each to the next of the engines that decode, the last one first."""
     for number, fault in enumerate(faults):
         engine = fleet.decoders[-1 - number % len(fleet.decoders)]
+        start_us = after_us + fault.at_us
         if fault.kind is FaultKind.FAIL:
-            fleet.kernel.at(fault.at_us, lambda engine=engine: engine.fail(back_after_us=RESTART_US))  # type: ignore[misc]
+            fleet.kernel.at(start_us, lambda engine=engine: engine.fail(back_after_us=RESTART_US))  # type: ignore[misc]
             continue
-        for at_us, draining in ((fault.at_us, True), (fault.at_us + DRAINED_US, False)):
+        for at_us, draining in ((start_us, True), (start_us + DRAINED_US, False)):
             fleet.kernel.at(at_us, lambda engine=engine, draining=draining: fleet.drain(engine, draining=draining))  # type: ignore[misc]

@@ -15,13 +15,16 @@ from conserve_lab.simulator.kernel import Kernel
 from conserve_lab.simulator.policies import Policy
 from conserve_lab.workloads import Conversation, poisson_arrivals
 
+WARM_US = 60_000_000
+"""The fleet has been up for so long when the first conversation may arrive: the broker has seen its engines idle."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Everything that was measured, raw.
 
     Attributes:
-        span_us: from the first arrival to the last token.
+        span_us: from when the first conversation may arrive to the last token.
         events: things that happened in virtual time, for the speed of the simulator.
     """
 
@@ -59,7 +62,7 @@ def simulate(
     """
     kernel = Kernel()
     fleet = Fleet(kernel, policy, kinds)
-    plan_faults(fleet, faults)
+    plan_faults(fleet, faults, after_us=WARM_US)
     gaps = Gaps()
     left = len(conversations)
     agents: list[Agent] = []
@@ -77,7 +80,7 @@ def simulate(
 
     arrivals = poisson_arrivals(len(conversations), per_s=per_s, seed=seed, burst=burst)
     for number, (at_us, conversation) in enumerate(zip(arrivals, conversations, strict=True)):
-        kernel.at(at_us, lambda number=number, conversation=conversation: arrive(number, conversation))  # type: ignore[misc]
+        kernel.at(WARM_US + at_us, lambda number=number, conversation=conversation: arrive(number, conversation))  # type: ignore[misc]
     events = 0
     while left and kernel.step():
         events += 1
@@ -87,7 +90,7 @@ def simulate(
         conversations=tuple(conversations),
         stories=tuple(agent.story for agent in agents),
         last_gaps=gaps,
-        span_us=max(agent.story.done_us for agent in agents),
+        span_us=max(agent.story.done_us for agent in agents) - WARM_US,
         engines=tuple(fleet.engines),
         events=events,
     )
