@@ -31,6 +31,8 @@ _SUMMARIES: Final = {
     "doctor": "check this installation, the broker and the engines",
     "emulate": "run an emulated vLLM fleet",
     "engines": "list, drain and undrain engines",
+    "leases": "list live leases",
+    "top": "watch a broker and its fleet in the terminal",
     "drain": "give an engine no new leases; --wait for its last one to end",
     "undrain": "let a drained engine take leases again",
     "explain": "show why a lease was placed where it is",

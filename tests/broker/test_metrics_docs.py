@@ -70,7 +70,7 @@ def test_every_field_of_the_log_is_listed() -> None:
     from conserve_broker import logbook
 
     section = DOCUMENT.partition("## The broker's log")[2].partition("\n## ")[0]
-    source = Path(logbook.__file__).read_text().partition("\nclass Logbook")[2]
+    source = Path(logbook.__file__).read_text().partition("class Logbook")[2]
     told = set(re.findall(r'"((?:lease|engine)_[a-z_]+)"', source)) | set(
         re.findall(r"^ {12}(\w+)=", source, re.MULTILINE)
     )

@@ -22,9 +22,9 @@ BUDGET_MS = 40_000
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def playwright() -> Iterator[Playwright]:
-    """Playwright's loop runs in this thread while it is open, so it is opened for these tests alone."""
+    """Its event loop counts as running in this thread while it is open, so no async test may run meanwhile."""
     if CHROMIUM is None:
         if os.environ.get("CI"):
             pytest.fail("install chromium: these tests may not be left out in CI")
@@ -33,7 +33,7 @@ def playwright() -> Iterator[Playwright]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(playwright: Playwright) -> Iterator[Browser]:
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)

@@ -21,7 +21,9 @@ COMMANDS = [
     "engines",
     "explain",
     "lab",
+    "leases",
     "simulate",
+    "top",
     "undrain",
     "worker",
 ]

@@ -17,7 +17,7 @@ export function span(ms) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-export const percent = (part, all) => (all > 0 ? `${Math.round((100 * part) / all)} %` : "–");
+export const percent = (part, all) => (all > 0 ? `${Math.round((100 * part) / all)}\u00a0%` : "–");
 
 export const rate = (perMinute) => (perMinute < 10 ? perMinute.toFixed(1).replace(".0", "") : whole(perMinute));
 
