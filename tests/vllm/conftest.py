@@ -110,6 +110,18 @@ class RawProtocol:
         return f"{name} " + " ".join(random.Random(name).choices(WORDS, k=words))
 
     @staticmethod
+    def ids(name: str, count: int) -> list[int]:
+        """A prompt of exactly so many tokens, others for another name."""
+        dice = random.Random(name)
+        return [dice.randrange(10, 500) for _ in range(count)]
+
+    def tokens(self, messages: list[Json]) -> int:
+        """How long a chat prompt is, as the reference counts."""
+        url = f"{self.fleet.engines['a0'].url}/tokenize"
+        counted = self.http.post(url, json={"model": self.fleet.model, "messages": messages}).raise_for_status()
+        return int(counted.json()["count"])
+
+    @staticmethod
     def said(answer: Json) -> str:
         """The text of an answer, whichever of the three APIs gave it."""
         if "output" in answer:
