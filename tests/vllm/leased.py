@@ -21,7 +21,7 @@ from conserve_sdk import ConServe, conversation
 from conserve_sdk.telemetry import TurnCollector, TurnRecord
 
 if TYPE_CHECKING:
-    from .conftest import RawProtocol
+    from .raw import RawProtocol
 
 READY_BUDGET_S = 60.0
 SETTLE_BUDGET_S = 30.0

@@ -64,6 +64,9 @@ class FleetOptions:
         hold_ms: How long a decoder keeps the blocks of a turn that asked for it. Whole seconds.
         start_budget_s: How long the fleet, or one restarted engine, may take to be healthy.
         shape: The model.
+        leased_holds: Ids of engines with ConServe's own connector: holds with a time of their own.
+        host_tiers: Ids of engines with a host tier beside their cache.
+        host_tier_tokens: Size of such a tier.
         guarded: Ids of engines that get a `LeaseGuard` in front; a broker then signs with `VllmFleet.token_key`.
     """
 
@@ -78,6 +81,9 @@ class FleetOptions:
     start_budget_s: float = 180.0
     shape: ModelShape = field(default_factory=ModelShape)
     guarded: frozenset[str] = frozenset()
+    leased_holds: frozenset[str] = frozenset()
+    host_tiers: frozenset[str] = frozenset()
+    host_tier_tokens: Tokens = Tokens(65_536)
 
 
 def find_venv(venv: Path | None = None) -> Path:
@@ -268,6 +274,11 @@ class VllmFleet:
                     kv_cache_bytes=options.kv_cache_tokens * options.shape.kv_bytes_per_token,
                     max_sequences=options.max_sequences,
                     hold_ms=options.hold_ms,
+                    leased_holds=f"{letter}{number}" in options.leased_holds,
+                    host_tier_tokens=Tokens(
+                        options.host_tier_tokens if f"{letter}{number}" in options.host_tiers else 0
+                    ),
+                    kv_bytes_per_token=options.shape.kv_bytes_per_token,
                     guard_key=f"{KEY_ID}=env:{KEY_VARIABLE}" if f"{letter}{number}" in options.guarded else "",
                 )
 
