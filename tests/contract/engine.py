@@ -84,6 +84,8 @@ class Case:
 
 USAGE = {"usage.prompt_tokens": int, "usage.completion_tokens": int, "usage.total_tokens": int}
 CHAT_ANSWER = {"id": str, "object": "chat.completion", "created": int, "model": str, "choices.0.index": 0, **USAGE}
+INVALID = {"error.message": str, "error.type": "Bad Request", "error.code": 400}
+"""A field that is missing or of another type."""
 REFUSED = {"error.message": str, "error.type": "BadRequestError", "error.code": 400}
 
 CASES = [
@@ -160,13 +162,13 @@ CASES = [
         },
     ),
     Case("greedy n", CHAT, say(n=2), 400, has=REFUSED),
-    Case("no messages", CHAT, {"max_tokens": 4}, 400, has=REFUSED),
-    Case("messages of another type", CHAT, {"messages": "hello"}, 400, has=REFUSED),
+    Case("no messages", CHAT, {"max_tokens": 4}, 400, has=INVALID),
+    Case("messages of another type", CHAT, {"messages": "hello"}, 400, has=INVALID),
     Case("no token at all", CHAT, say(max_tokens=0), 400, has=REFUSED),
     Case("stream options without a stream", CHAT, say(stream_options={"include_usage": True}), 400, has=REFUSED),
     Case("min above max", CHAT, say(min_tokens=50), 400, has=REFUSED),
     Case("temperature below 0", CHAT, say(temperature=-1), 400, has=REFUSED),
-    Case("params of another type", CHAT, say(kv_transfer_params="x"), 400, has=REFUSED),
+    Case("params of another type", CHAT, say(kv_transfer_params="x"), 400, has=INVALID),
     Case(
         "another model",
         CHAT,

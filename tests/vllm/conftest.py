@@ -82,9 +82,10 @@ def mended(fleet: VllmFleet) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def guarded_fleet(vllm_here: None) -> Iterator[VllmFleet]:
-    """`d0` behind a guard, with holds by lease; `d1` without a guard, and with a host tier."""
+    """`d0` behind a guard, with holds by lease; `d1` without a guard, and with a host tier; and a stranger."""
     options = FleetOptions(
         references=1,
+        strangers=1,
         max_model_tokens=Tokens(4_096),
         kv_cache_tokens=Tokens(12_288),
         guarded=frozenset({"p0", "d0"}),

@@ -37,10 +37,10 @@ def test_a_sequence(engines, sequence):
 def sample(schema):
     """A plain value of a field's type, or ... where it takes more than that to make one."""
     options = schema.get("anyOf", [schema])
+    if schema.get("default") is not None:
+        return schema["default"]
     if any(option.get("type") == "null" for option in options):
         return None
-    if "default" in schema:
-        return schema["default"]
     return {"boolean": False, "integer": 1, "number": 1.0}.get(options[0].get("type"), ...)
 
 

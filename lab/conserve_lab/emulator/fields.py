@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conserve_lab.emulator.errors import ApiError, prompt_too_long, unknown_model
+from conserve_lab.emulator.errors import ApiError, invalid, prompt_too_long, unknown_model
 from conserve_lab.emulator.kv_params import FIELD, checked_type
 from conserve_lab.emulator.language import Wish, image_text
 
@@ -111,7 +111,7 @@ def _check_ranges(body: Body) -> None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ApiError(f"{name} must be a number, got {value!r}", param=name)
+            raise invalid(f"{name} must be a number, got {value!r}", param=name)
         if value < least or (most is not None and value > most):
             bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
             raise ApiError(f"{name} must be {bounds}, got {value}.", param=name)
@@ -165,7 +165,7 @@ def whole(body: Body, name: str, *, default: int, least: int) -> int:
     if value is None:
         return default
     if type(value) is not int:
-        raise ApiError(f"{name} must be an integer, got {value!r}", param=name)
+        raise invalid(f"{name} must be an integer, got {value!r}", param=name)
     if value < least:
         raise ApiError(f"{name} must be at least {least}, got {value}.", param=name)
     return value

@@ -43,6 +43,7 @@ class EngineSpec:
         max_sequences: Most requests in one batch.
         hold_ms: How long a decoder keeps a turn's blocks when asked to by `do_remote_decode`. A prefiller's blocks
             wait vLLM's own 30 s for whoever fetches them.
+        block_tokens: Size of a KV block.
         leased_holds: Whether its connector knows holds by lease.
         host_tier_tokens: KV that it may keep in host memory beside the cache; 0: none.
         kv_bytes_per_token: What a token of the host tier weighs.
@@ -58,6 +59,7 @@ class EngineSpec:
     kv_cache_bytes: int
     max_sequences: int
     hold_ms: Ms
+    block_tokens: Tokens = BLOCK_TOKENS
     leased_holds: bool = False
     host_tier_tokens: Tokens = Tokens(0)
     kv_bytes_per_token: int = 0
@@ -130,7 +132,7 @@ def engine_argv(spec: EngineSpec) -> list[str]:
         *("--model", spec.model_path, "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(spec.port), "--uvicorn-log-level", "warning"),
         # float32: bit-equal answers on both sides of a transfer, and several times faster here than bfloat16.
-        *("--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)),
+        *("--dtype", "float32", "--enforce-eager", "--block-size", str(spec.block_tokens)),
         *("--max-model-len", str(spec.max_model_tokens), "--max-num-seqs", str(spec.max_sequences)),
         *("--kv-cache-memory-bytes", str(spec.kv_cache_bytes)),
         "--enable-prompt-tokens-details",
