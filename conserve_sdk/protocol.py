@@ -292,6 +292,8 @@ class EngineRegistration(_Wire):
         url: base URL without `/v1`, as the agents reach it; the broker's allow-list decides whether it may be.
         connector: `none` for an engine started without `--kv-transfer-config`.
         transfer_group, max_hold_ms: the broker's defaults for the connector when None.
+        host_tier_tokens: KV that it can keep in host memory; 0: none.
+        incarnation: its own word for this life. For the record: leases are bound to what the broker's scrapes derive.
         ttl_ms: how long this word counts.
     """
 
@@ -305,6 +307,8 @@ class EngineRegistration(_Wire):
     max_model_len_tokens: TokenCount = 0
     max_hold_ms: Annotated[int, Field(ge=0, le=3_600_000)] | None = None
     tier: Annotated[str, Field(max_length=64)] = ""
+    host_tier_tokens: TokenCount = 0
+    incarnation: Annotated[str, Field(max_length=128)] = ""
     ttl_ms: Annotated[int, Field(ge=1_000, le=600_000)] = 15_000
 
 

@@ -25,7 +25,7 @@ def registration_routes(settings: RegistrationTable, membership: Callable[[], Me
     def register(visit: Any, body: EngineRegistration) -> Reply:
         """`PUT /v1/engines/{id}`: the same again is a heartbeat; after `ttl_ms` without one the engine is given up."""
         _demand_enabled(settings)
-        keys = body.model_dump(exclude={"url", "ttl_ms"}, exclude_none=True)
+        keys = body.model_dump(exclude={"url", "ttl_ms", "incarnation"}, exclude_none=True)
         try:
             engine = engine_of(visit.call.target, body.url, keys)
         except ValueError as error:

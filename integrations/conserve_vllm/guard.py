@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from conserve_sdk.core.units import Incarnation, Ms
@@ -24,10 +25,11 @@ from conserve_vllm.http import (
     respond,
     with_body,
 )
-from conserve_vllm.identity import api_servers, describe, kept_ms, process_incarnation
+from conserve_vllm.identity import api_servers, describe, kept_ms, knows_leases, process_incarnation, served_model
 from conserve_vllm.judge import Judge, Verdict
 from conserve_vllm.prompt import TRANSFER_KEY
 from conserve_vllm.refusal import Refusal
+from conserve_vllm.release import RELEASE_PATH, StatusOnly, release_body, release_scope
 from conserve_vllm.settings import GuardConfigError, GuardSettings
 
 __all__ = ["LeaseGuard"]
@@ -128,6 +130,9 @@ class LeaseGuard:
             token = header(scope, _LEASE)
             if scope["path"] not in OPEN_PATHS:
                 self._judge.admit(token)
+            if scope["path"] == RELEASE_PATH:
+                await self._release(scope, receive, send, token)
+                return
             raw = await self._read(scope, receive)
             body, verdict = self._look(scope, raw, token)
         except Refusal as refusal:
@@ -140,6 +145,22 @@ class LeaseGuard:
         if body is not raw:
             scope = with_body(scope, body)
         await self._app(scope, replay(body, receive), self._answering(verdict, send))
+
+    async def _release(self, scope: Scope, receive: Receive, send: Send, token: str | None) -> None:
+        """End the hold of a lease."""
+        lease_id = self._judge.holder(token)
+        if not knows_leases(self._state):
+            raise Refusal(
+                409, "holds_not_leased", "this engine's holds end by themselves: start it with --leased-holds"
+            )
+        await read_body(scope, receive, bytes_max=self._settings.body_bytes_max)
+        body = release_body(lease_id, model=served_model(self._state))
+        answer = StatusOnly()
+        await self._app(release_scope(scope, body), replay(body, receive), answer)
+        if answer.status != HTTPStatus.OK:
+            raise Refusal(502, "release_failed", f"the engine answered {answer.status}; the hold ends by itself")
+        self._counts["released"] += 1
+        await respond(send, status=HTTPStatus.NO_CONTENT, body=b"")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         coding = header(scope, b"content-encoding")

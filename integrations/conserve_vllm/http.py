@@ -101,7 +101,7 @@ def noting(send: Send, note: str) -> Send:
 
 async def respond(send: Send, *, status: int, body: bytes) -> None:
     """Answer with JSON."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))] if body else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

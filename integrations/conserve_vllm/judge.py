@@ -14,6 +14,7 @@ from typing import Any, Literal
 from conserve_sdk.core.lease import EngineBinding
 from conserve_sdk.core.units import Incarnation, Ms
 from conserve_sdk.tokens import LeaseClaims, TokenExpired, TokenInvalid, TokenSigner
+from conserve_vllm.holds import hold_params
 from conserve_vllm.prompt import TRANSFER_KEY, carries_media, one_sequence_problem, prompt_digest
 from conserve_vllm.refusal import Refusal
 from conserve_vllm.settings import GuardSettings
@@ -89,6 +90,17 @@ class Judge:
         if self._settings.require_lease:
             self._claims(token)
 
+    def holder(self, token: str | None) -> str:
+        """Whose hold on this engine the bearer of a token may end.
+
+        Raises:
+            Refusal: the token is missing, invalid, over, or does not decode here.
+        """
+        claims = self._claims(token)
+        if claims.decoder.engine_id != self._settings.engine_id:
+            raise Refusal(409, "lease_elsewhere", f"this lease does not decode on {self._settings.engine_id}")
+        return claims.lease_id
+
     def decide(self, path: str, body: Mapping[str, Any], token: str | None) -> Verdict:
         """Decide about a request that has transfer params.
 
@@ -122,7 +134,7 @@ class Judge:
             raise Refusal(409, "lease_elsewhere", f"this lease does not prefill on {own}")
         if claims.hold_ms == 0:
             return Verdict(kind="plain", stripped="hold_not_granted")
-        return Verdict(kind="hold", params=params)
+        return Verdict(kind="hold", params=params | hold_params(claims.lease_id, hold_ms=claims.hold_ms))
 
     def _pull(self, path: str, body: Mapping[str, Any], claims: LeaseClaims) -> dict[str, Any]:
         params: dict[str, Any] = body[TRANSFER_KEY]
@@ -140,7 +152,9 @@ class Judge:
             until_ms=Ms(stamp.expires_at_ms + self._settings.clock_leeway_ms),
             now_ms=now_ms,
         )
-        return _for_vllm(params, hold=claims.hold_ms > 0)
+        kept = _for_vllm(params, hold=claims.hold_ms > 0)
+        held = kept.get("do_remote_decode") is True
+        return kept | hold_params(claims.lease_id, hold_ms=claims.hold_ms) if held else kept
 
     def _check_stamp(self, stamp: Stamp, claims: LeaseClaims, *, now_ms: Ms) -> None:
         prefiller = claims.prefiller

@@ -80,6 +80,31 @@ def test_the_quiet_connector_is_an_option():
     assert "kv_connector_module_path" not in transfer(plan())
 
 
+def test_leased_holds_are_an_option_of_engines_that_hold():
+    found = transfer(plan(leased_holds=True, quiet_nixl=True, role="decoder", hold_s=12))
+    assert found["kv_connector_module_path"] == "conserve_vllm.leased_nixl"
+    assert found["kv_connector_extra_config"] == {"kv_lease_duration": 12, "conserve_quiet": True}
+    prefiller = transfer(plan(leased_holds=True, quiet_nixl=True, role="prefiller"))
+    assert prefiller["kv_connector_module_path"] == "conserve_vllm.quiet_nixl"
+
+
+def test_a_host_tier_stands_beside_nixl_which_comes_first():
+    made = plan(host_tier_gib=1.5, role="decoder", hold_s=12, leased_holds=True)
+    found = transfer(made)
+    nixl, tier = found["kv_connector_extra_config"]["connectors"]
+    assert (found["kv_connector"], found["kv_role"]) == ("MultiConnector", "kv_consumer")
+    assert found["kv_load_failure_policy"] == "recompute"
+    assert (nixl["kv_connector"], nixl["kv_connector_module_path"]) == ("NixlConnector", "conserve_vllm.leased_nixl")
+    assert (tier["kv_connector"], tier["kv_connector_extra_config"]) == (
+        "OffloadingConnector",
+        {"cpu_bytes_to_use": 3 << 29},
+    )
+    assert nixl["engine_id"] == found["engine_id"]
+    assert made.entry["max_hold_ms"] == 12_000
+    with pytest.raises(Clash, match="decoders, or role both"):
+        plan(host_tier_gib=1.5, role="prefiller")
+
+
 def test_what_the_command_says_wins_where_it_does_not_contradict():
     own = {"engine_id": "mine", "kv_connector_extra_config": {"kv_lease_duration": 7, "backends": ["UCX"]}}
     made = plan(*VLLM, f"--kv_transfer_config={json.dumps(own)}", "--no-enable-prompt-tokens-details")

@@ -21,7 +21,7 @@ from conserve_sdk import ConServe, conversation
 from conserve_sdk.telemetry import TurnCollector, TurnRecord
 
 if TYPE_CHECKING:
-    from .conftest import RawProtocol
+    from .raw import RawProtocol
 
 READY_BUDGET_S = 60.0
 SETTLE_BUDGET_S = 30.0
@@ -108,6 +108,7 @@ class Conversation:
         self.name = name
         self.api = api
         self.said: list[str] = []
+        self.limit = 16
         self._stage = stage
         self._extra = extra
         self._prompt = stage.raw.prose(name, words)
@@ -118,10 +119,10 @@ class Conversation:
         """The next request, as any client would send it."""
         common = {"model": self._stage.fleet.model, "temperature": 0, **self._extra}
         if self.api == "completions":
-            return {**common, "prompt": self._prompt, "max_tokens": 16}
+            return {**common, "prompt": self._prompt, "max_tokens": self.limit}
         if self.api == "responses":
-            return {**common, "input": list(self._messages), "max_output_tokens": 16}
-        return {**common, "messages": list(self._messages), "max_tokens": 16}
+            return {**common, "input": list(self._messages), "max_output_tokens": self.limit}
+        return {**common, "messages": list(self._messages), "max_tokens": self.limit}
 
     def hear(self, text: str) -> None:
         """Go on after an answer; it must be the one that an aggregated server gives."""

@@ -71,6 +71,8 @@ def _options(given: argparse.Namespace) -> WorkerOptions:
         side_channel_host=given.side_channel_host,
         side_channel_port=given.side_channel_port,
         quiet_nixl=given.quiet_nixl,
+        leased_holds=given.leased_holds,
+        host_tier_gib=given.host_tier_gib,
         start_timeout_s=given.start_timeout_s,
         heartbeat_s=given.heartbeat_s,
         drain_timeout_s=given.drain_timeout_s,
@@ -111,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--side-channel-host", default="", help="where NIXL's handshake listens (default: the host of the URL)")
     add("--side-channel-port", type=int, default=5600, help="its port; one per engine on a host")
     add("--quiet-nixl", action="store_true", help="let NIXL's progress thread rest 1 ms between two looks")
+    add("--leased-holds", action="store_true", help="hold each lease's KV for its own time, and let go of it early")
+    add("--host-tier-gib", type=float, default=0.0, help="host memory for KV of idle conversations (needs a GPU)")
     add("--start-timeout-s", type=float, default=900.0, help="how long the engine may take to be healthy")
     add("--heartbeat-s", type=float, default=5.0, help="time between heartbeats; the broker waits for three")
     add("--drain-timeout-s", type=float, default=120.0, help="how long to wait for leases to go after SIGTERM")

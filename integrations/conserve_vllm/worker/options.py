@@ -31,6 +31,8 @@ class WorkerOptions:
         side_channel_host: where NIXL's handshake listens; "" takes the host of the URL.
         side_channel_port: its port.
         quiet_nixl: let NIXL's progress thread rest between two looks.
+        leased_holds: take ConServe's connector, which holds each lease's KV for its own time.
+        host_tier_gib: host memory for KV beside the cache; 0: none.
         start_timeout_s: how long the engine may take to be healthy.
         heartbeat_s: time between two heartbeats; the broker forgets the engine after three.
         drain_timeout_s: how long to wait for leases to go after SIGTERM.
@@ -51,6 +53,8 @@ class WorkerOptions:
     side_channel_host: str = ""
     side_channel_port: int = 5600
     quiet_nixl: bool = False
+    leased_holds: bool = False
+    host_tier_gib: float = 0.0
     start_timeout_s: float = 900.0
     heartbeat_s: float = 5.0
     drain_timeout_s: float = 120.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from conserve_vllm.identity import LEASED_MODULE, nixl_extra
 from conserve_vllm.worker.flags import VllmCommand, is_vllm
 from conserve_vllm.worker.options import Clash, WorkerOptions
 
@@ -17,6 +18,7 @@ __all__ = ["Plan", "make_plan"]
 MIDDLEWARE = "conserve_vllm.LeaseGuard"
 CONNECTOR = "NixlConnector"
 QUIET_MODULE = "conserve_vllm.quiet_nixl"
+GIB = 1 << 30
 KV_ROLES = {"prefiller": "kv_producer", "decoder": "kv_consumer", "both": "kv_both"}
 VLLM_PORT = 8000
 STOCK_LEASE_MS = 30_000
@@ -108,6 +110,8 @@ def _check(line: VllmCommand, options: WorkerOptions) -> list[str]:
         raise Clash(f"--api-server-count {servers} and the guard: each server would remember used transfers for itself")
     if options.role != "prefiller" and line.has("--no-enable-prefix-caching"):
         raise Clash("--no-enable-prefix-caching on a decoder: every turn would be computed from its beginning")
+    if options.host_tier_gib and options.role == "prefiller":
+        raise Clash("--host-tier-gib is for engines that keep conversations: decoders, or role both")
     notes = []
     if line.has("--no-enable-prompt-tokens-details"):
         notes.append("without prompt token details nobody can see how much of a turn was found in the cache")
@@ -120,6 +124,18 @@ def _set_transfer(line: VllmCommand, options: WorkerOptions, *, life: str) -> No
     """Complete `--kv-transfer-config`; what the command says wins, unless it contradicts the role or the guard."""
     flag = "--kv-transfer-config"
     given = line.json_value(flag)
+    wanted = _wanted_transfer(options, life=life)
+    for name in ("kv_connector", "kv_role", "kv_connector_module_path"):
+        if name in wanted and given.get(name, wanted[name]) != wanted[name]:
+            raise Clash(f"{flag} says {name}={given[name]!r}, but the options of the worker ask for {wanted[name]!r}")
+    extra = {**wanted.get("kv_connector_extra_config", {}), **given.get("kv_connector_extra_config", {})}
+    merged = wanted | given | ({"kv_connector_extra_config": extra} if extra else {})
+    if options.host_tier_gib:
+        merged = _beside_host_tier(merged, options)
+    line.replace(flag, json.dumps(merged))
+
+
+def _wanted_transfer(options: WorkerOptions, *, life: str) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         "kv_connector": CONNECTOR,
         "kv_role": KV_ROLES[options.role],
@@ -129,18 +145,33 @@ def _set_transfer(line: VllmCommand, options: WorkerOptions, *, life: str) -> No
         # A failed transfer then costs a local prefill; with vLLM's default it is an HTTP 500.
         wanted["kv_load_failure_policy"] = "recompute"
         wanted["kv_connector_extra_config"] = {"kv_lease_duration": options.hold_s}
-    if options.quiet_nixl:
+    if options.leased_holds and options.role != "prefiller":
+        wanted["kv_connector_module_path"] = LEASED_MODULE
+        wanted["kv_connector_extra_config"]["conserve_quiet"] = options.quiet_nixl
+    elif options.quiet_nixl:
         wanted["kv_connector_module_path"] = QUIET_MODULE
-    for name in ("kv_connector", "kv_role", "kv_connector_module_path"):
-        if name in wanted and given.get(name, wanted[name]) != wanted[name]:
-            raise Clash(f"{flag} says {name}={given[name]!r}, but the options of the worker ask for {wanted[name]!r}")
-    extra = {**wanted.get("kv_connector_extra_config", {}), **given.get("kv_connector_extra_config", {})}
-    merged = wanted | given | ({"kv_connector_extra_config": extra} if extra else {})
-    line.replace(flag, json.dumps(merged))
+    return wanted
+
+
+def _beside_host_tier(transfer: Mapping[str, Any], options: WorkerOptions) -> dict[str, Any]:
+    """NIXL and vLLM's offloading side by side. NIXL first: a request that brings params is loaded by it."""
+    tier = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": int(options.host_tier_gib * GIB)},
+    }
+    shared = {name: transfer[name] for name in ("kv_load_failure_policy", "engine_id") if name in transfer}
+    inner = {name: value for name, value in transfer.items() if name != "kv_load_failure_policy"}
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": transfer["kv_role"],
+        "kv_connector_extra_config": {"connectors": [inner, tier]},
+        **shared,
+    }
 
 
 def _held_ms(line: VllmCommand) -> int:
-    extra = line.json_value("--kv-transfer-config").get("kv_connector_extra_config", {})
+    extra = nixl_extra(line.json_value("--kv-transfer-config").get("kv_connector_extra_config"))
     return int(float(extra.get("kv_lease_duration", STOCK_LEASE_MS // 1000)) * 1000)
 
 

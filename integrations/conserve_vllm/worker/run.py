@@ -25,7 +25,7 @@ DRAIN_INTERVAL_S = 1.0
 GET_TIMEOUT_S = 5.0
 EXIT_UNHEALTHY = 1
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-_KNOWN_BY_THE_ENGINE = ("incarnation", "block_size_tokens", "max_model_len_tokens")
+_KNOWN_BY_THE_ENGINE = ("incarnation", "block_size_tokens", "max_model_len_tokens", "host_tier_tokens")
 
 
 class Worker:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conserve_lab.emulator.errors import ApiError
+from conserve_lab.emulator.errors import ApiError, invalid
 from conserve_lab.emulator.fields import (
     Body,
     Served,
@@ -181,7 +181,7 @@ def chat_prompt(body: Body, *, served: Served) -> TokenIds:
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ApiError("messages must be a non-empty list", param="messages")
+        raise invalid("messages must be a non-empty list", param="messages")
     tools = body.get("tools") or []
     if not isinstance(tools, list) or any(not _is_tool(tool) for tool in tools):
         raise ApiError("tools must be a list of function tools with a name", param="tools")

@@ -41,6 +41,11 @@ class ApiError(Exception):
         return {"error": error}
 
 
+def invalid(message: str, *, param: str) -> ApiError:
+    """Return vLLM's answer to a field that is missing or of another type: its type is the HTTP phrase."""
+    return ApiError(message, kind="Bad Request", param=param)
+
+
 def internal_error() -> ApiError:
     """Return what vLLM answers when the engine failed a request (`kv_load_failure_policy=fail`)."""
     return ApiError("Internal server error", status=500, kind="InternalServerError")

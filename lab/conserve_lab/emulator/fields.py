@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conserve_lab.emulator.errors import ApiError, prompt_too_long, unknown_model
+from conserve_lab.emulator.errors import ApiError, invalid, prompt_too_long, unknown_model
 from conserve_lab.emulator.kv_params import FIELD, checked_type
 from conserve_lab.emulator.language import Wish, image_text
 
@@ -77,6 +77,7 @@ def sampling(body: Body) -> Sampling:
     Raises:
         ApiError: One is of the wrong type or out of range.
     """
+    _check_ranges(body)
     n = whole(body, "n", default=1, least=1)
     if n > 1 and body.get("temperature") == 0:
         raise ApiError(f"n must be 1 when using greedy sampling, got {n}.", param="n")
@@ -93,6 +94,27 @@ def sampling(body: Body) -> Sampling:
         min_tokens=whole(body, "min_tokens", default=0, least=0),
         ignore_eos=bool(body.get("ignore_eos")),
     )
+
+
+_RANGES = {
+    "temperature": (0.0, None),
+    "top_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+"""As `vllm/sampling_params.py` of vLLM 0.32 has them; nothing else is done with these fields here."""
+
+
+def _check_ranges(body: Body) -> None:
+    for name, (least, most) in _RANGES.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise invalid(f"{name} must be a number, got {value!r}", param=name)
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+            raise ApiError(f"{name} must be {bounds}, got {value}.", param=name)
 
 
 def token_limit(body: Body, names: Sequence[str], *, prompt_tokens: int, max_model_len: int) -> int:
@@ -143,7 +165,7 @@ def whole(body: Body, name: str, *, default: int, least: int) -> int:
     if value is None:
         return default
     if type(value) is not int:
-        raise ApiError(f"{name} must be an integer, got {value!r}", param=name)
+        raise invalid(f"{name} must be an integer, got {value!r}", param=name)
     if value < least:
         raise ApiError(f"{name} must be at least {least}, got {value}.", param=name)
     return value

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from conserve_lab.emulator.errors import ApiError
+from conserve_lab.emulator.errors import ApiError, invalid
 from conserve_lab.emulator.language import TokenIds
 from conserve_lab.emulator.language.tokens import new_tokens
 
@@ -64,7 +64,7 @@ def checked_type(params: object) -> Mapping[str, Any] | None:
     """
     if params is None or isinstance(params, dict):
         return params
-    raise ApiError(f"{FIELD} must be an object, got {type(params).__name__}", param=FIELD)
+    raise invalid(f"{FIELD} must be an object, got {type(params).__name__}", param=FIELD)
 
 
 def read_kv_wish(params: Mapping[str, Any] | None) -> KvWish:

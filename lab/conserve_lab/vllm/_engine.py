@@ -14,7 +14,8 @@ Role = Literal["prefiller", "decoder", "both"]
 
 MODEL_NAME = ModelName("conserve-tiny")
 CONNECTOR = "NixlConnector"
-CONNECTOR_MODULE = "conserve_vllm.quiet_nixl"
+QUIET_MODULE = "conserve_vllm.quiet_nixl"
+LEASED_MODULE = "conserve_vllm.leased_nixl"
 TRANSFER_GROUP = "nixl"
 
 # NIXL on a CPU works with multiples of 32 only (the CPU attention's block size).
@@ -42,6 +43,10 @@ class EngineSpec:
         max_sequences: Most requests in one batch.
         hold_ms: How long a decoder keeps a turn's blocks when asked to by `do_remote_decode`. A prefiller's blocks
             wait vLLM's own 30 s for whoever fetches them.
+        block_tokens: Size of a KV block.
+        leased_holds: Whether its connector knows holds by lease.
+        host_tier_tokens: KV that it may keep in host memory beside the cache; 0: none.
+        kv_bytes_per_token: What a token of the host tier weighs.
         guard_key: The broker's token key as `kid=env:NAME`, for a `LeaseGuard` in front; "" starts none.
     """
 
@@ -54,6 +59,10 @@ class EngineSpec:
     kv_cache_bytes: int
     max_sequences: int
     hold_ms: Ms
+    block_tokens: Tokens = BLOCK_TOKENS
+    leased_holds: bool = False
+    host_tier_tokens: Tokens = Tokens(0)
+    kv_bytes_per_token: int = 0
     guard_key: str = ""
 
     @property
@@ -123,7 +132,7 @@ def engine_argv(spec: EngineSpec) -> list[str]:
         *("--model", spec.model_path, "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(spec.port), "--uvicorn-log-level", "warning"),
         # float32: bit-equal answers on both sides of a transfer, and several times faster here than bfloat16.
-        *("--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)),
+        *("--dtype", "float32", "--enforce-eager", "--block-size", str(spec.block_tokens)),
         *("--max-model-len", str(spec.max_model_tokens), "--max-num-seqs", str(spec.max_sequences)),
         *("--kv-cache-memory-bytes", str(spec.kv_cache_bytes)),
         "--enable-prompt-tokens-details",
@@ -153,14 +162,38 @@ def engine_env(spec: EngineSpec) -> dict[str, str]:
 def _transfer_config(spec: EngineSpec) -> dict[str, Any]:
     config: dict[str, Any] = {
         "kv_connector": CONNECTOR,
-        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_connector_module_path": QUIET_MODULE,
         "kv_role": KV_ROLES[spec.role],
     }
     if spec.role != "prefiller":
         config["kv_connector_extra_config"] = {"kv_lease_duration": spec.hold_ms // 1000}
         # A failed transfer then costs a local prefill; with vLLM's default it is an HTTP 500.
         config["kv_load_failure_policy"] = "recompute"
-    return config
+    if spec.leased_holds:
+        config["kv_connector_module_path"] = LEASED_MODULE
+        config.setdefault("kv_connector_extra_config", {})["conserve_quiet"] = True
+    return _with_host_tier(config, spec) if spec.host_tier_tokens else config
+
+
+def _with_host_tier(config: dict[str, Any], spec: EngineSpec) -> dict[str, Any]:
+    """Both connectors, side by side; the transfer's own first, because the first one that has the KV loads it."""
+    tier = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "HostCopySpec",
+            "spec_module_path": "host_copy",
+            "cpu_bytes_to_use": spec.host_tier_tokens * spec.kv_bytes_per_token,
+        },
+    }
+    policy = {key: config[key] for key in ("kv_load_failure_policy",) if key in config}
+    inner = {key: value for key, value in config.items() if key not in policy}
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": config["kv_role"],
+        "kv_connector_extra_config": {"connectors": [inner, tier]},
+        **policy,
+    }
 
 
 def _json(**fields: object) -> str:

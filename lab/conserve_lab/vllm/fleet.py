@@ -18,6 +18,7 @@ import httpx2
 import conserve_sdk
 import conserve_vllm
 from conserve_lab.vllm._engine import (
+    BLOCK_TOKENS,
     CONNECTOR,
     MODEL_NAME,
     TRANSFER_GROUP,
@@ -58,12 +59,17 @@ class FleetOptions:
         decoders: Engines `d0`, `d1`, ...
         hosts: Engines `b0`, `b1`, ... that both prefill and decode, with the connector.
         references: Engines `a0`, ... without a connector: a plain aggregated server, to compare answers with.
+        strangers: Up to two prefillers that no decoder can read from: `s0` calls the same model by
+            another name, `s1` has blocks of another size.
         max_model_tokens: Longest prompt plus answer.
         kv_cache_tokens: Size of each engine's KV cache.
         max_sequences: Most requests in one engine's batch.
         hold_ms: How long a decoder keeps the blocks of a turn that asked for it. Whole seconds.
         start_budget_s: How long the fleet, or one restarted engine, may take to be healthy.
         shape: The model.
+        leased_holds: Ids of engines with ConServe's own connector: holds with a time of their own.
+        host_tiers: Ids of engines with a host tier beside their cache.
+        host_tier_tokens: Size of such a tier.
         guarded: Ids of engines that get a `LeaseGuard` in front; a broker then signs with `VllmFleet.token_key`.
     """
 
@@ -71,6 +77,7 @@ class FleetOptions:
     decoders: int = 2
     hosts: int = 0
     references: int = 0
+    strangers: int = 0
     max_model_tokens: Tokens = Tokens(8_192)
     kv_cache_tokens: Tokens = Tokens(131_072)
     max_sequences: int = 32
@@ -78,6 +85,9 @@ class FleetOptions:
     start_budget_s: float = 180.0
     shape: ModelShape = field(default_factory=ModelShape)
     guarded: frozenset[str] = frozenset()
+    leased_holds: frozenset[str] = frozenset()
+    host_tiers: frozenset[str] = frozenset()
+    host_tier_tokens: Tokens = Tokens(65_536)
 
 
 def find_venv(venv: Path | None = None) -> Path:
@@ -253,6 +263,7 @@ class VllmFleet:
             ("d", "decoder", options.decoders, True),
             ("b", "both", options.hosts, True),
             ("a", "both", options.references, False),
+            ("s", "prefiller", options.strangers, True),
         ]
         ports = iter(free_ports(2 * sum(count for _, _, count, _ in kinds)))
         for letter, role, count, moves_kv in kinds:
@@ -263,11 +274,17 @@ class VllmFleet:
                     role=role,
                     port=port,
                     side_channel_port=side_channel if moves_kv else None,
-                    model_path=str(self._model),
+                    model_path=str(self._alias() if f"{letter}{number}" == "s0" else self._model),
+                    block_tokens=Tokens(2 * BLOCK_TOKENS if f"{letter}{number}" == "s1" else BLOCK_TOKENS),
                     max_model_tokens=options.max_model_tokens,
                     kv_cache_bytes=options.kv_cache_tokens * options.shape.kv_bytes_per_token,
                     max_sequences=options.max_sequences,
                     hold_ms=options.hold_ms,
+                    leased_holds=f"{letter}{number}" in options.leased_holds,
+                    host_tier_tokens=Tokens(
+                        options.host_tier_tokens if f"{letter}{number}" in options.host_tiers else 0
+                    ),
+                    kv_bytes_per_token=options.shape.kv_bytes_per_token,
                     guard_key=f"{KEY_ID}=env:{KEY_VARIABLE}" if f"{letter}{number}" in options.guarded else "",
                 )
 
@@ -296,6 +313,13 @@ class VllmFleet:
             if not link.exists():
                 link.symlink_to(Path(package.__path__[0]).absolute(), target_is_directory=True)
         return folder
+
+    def _alias(self) -> Path:
+        """The same model by another name."""
+        alias = self._logs / "another-name"
+        if not alias.exists():
+            alias.symlink_to(self._model, target_is_directory=True)
+        return alias
 
     def _launch(self, engine_id: EngineId) -> int:
         spec = self._specs[engine_id]
