@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 VLLM_VENV := .venv-vllm
+THIRD_PARTY_VENV := .venv-third-party
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents integrations/conserve_pydantic_ai integrations/conserve_vllm lab/conserve_lab
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-vllm check bench format clean
+.PHONY: help demo demo-vllm test test-third-party test-vllm check bench format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +30,12 @@ test: $(STAMP)  ## every test that needs no vLLM, with the coverage gate
 test-vllm: $(STAMP) vllm-venv  ## the suite on real vLLM on CPU
 	CONSERVE_REQUIRE_VLLM=1 CONSERVE_VLLM_VENV=$(VLLM_VENV) $(BIN)/pytest -m vllm tests/vllm
 
+test-third-party: $(STAMP)  ## the examples over LiteLLM and LlamaIndex, in a virtual environment of their own (578 MB)
+	$(PYTHON) -m venv $(THIRD_PARTY_VENV)
+	$(THIRD_PARTY_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(THIRD_PARTY_VENV)/bin/python -m pip install --quiet --editable . --group third-party
+	CONSERVE_REQUIRE_THIRD_PARTY=1 CONSERVE_THIRD_PARTY_PYTHON=$(THIRD_PARTY_VENV)/bin/python $(BIN)/pytest tests/clients/test_third_party.py
+
 check: $(STAMP)  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,7 +50,7 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only .
 
 clean:  ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VLLM_VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(THIRD_PARTY_VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(STAMP): pyproject.toml
 	@echo "==> making $(VENV) and installing ConServe with all extras (about a minute)"

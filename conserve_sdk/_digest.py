@@ -16,10 +16,13 @@ from typing import Any
 
 from conserve_sdk._kind import Kind
 
-__all__ = ["Head", "PromptDigest", "digest_prompt"]
+__all__ = ["Head", "PromptDigest", "digest_prompt", "is_models_own"]
 
 DIGEST_BYTES = 16
 BLOCK_BYTES = 1024
+MARKS = 8
+"""Messages at the end of a prompt that are known by themselves too, to be found again in a rewritten history."""
+MARK_BYTES = 512
 SHARED_BYTES_MIN = 256
 """A shorter preamble is computed in no time wherever the prompt goes."""
 
@@ -49,11 +52,13 @@ class Head:
     Attributes:
         chain: the digests of its items, one after the other.
         tail_bytes, tail: length and digest of what follows the last whole block of a prompt string.
+        marks: of the last messages, whatever stood before them; see `_mark`.
     """
 
     chain: bytes
     tail_bytes: int
     tail: bytes
+    marks: tuple[int, ...] = ()
 
     @property
     def items(self) -> int:
@@ -108,7 +113,7 @@ class PromptDigest:
 
         What the model wrote is in its decoder's cache already.
         """
-        own = (number for number in range(max(items, 1), len(self.roles) + 1) if _is_models_own(self.roles[number - 1]))
+        own = (number for number in range(max(items, 1), len(self.roles) + 1) if is_models_own(self.roles[number - 1]))
         return self.bytes_beyond(items) - sum(self.sizes[number] - self.sizes[number - 1] for number in own)
 
     @property
@@ -169,15 +174,18 @@ def digest_prompt(kind: Kind, body: Mapping[str, Any]) -> PromptDigest:
 def _digest_items(kind: Kind, body: Mapping[str, Any], messages: Sequence[Any]) -> PromptDigest:
     preamble = _preamble(kind, body)
     link = _digest(preamble)
-    chain, sizes = [link], [len(preamble)]
-    for message in messages:
+    chain, sizes, marks = [link], [len(preamble)], []
+    marked_from = len(messages) - MARKS
+    for number, message in enumerate(messages):
         text = _canonical(message)
+        if number >= marked_from:
+            marks.append(_mark(text))
         link = _roll(link, text)
         chain.append(link)
         sizes.append(sizes[-1] + len(text) - _media_bytes(message))
     return PromptDigest(
         kind=kind,
-        head=Head(chain=b"".join(chain), tail_bytes=0, tail=b""),
+        head=Head(chain=b"".join(chain), tail_bytes=0, tail=b"", marks=tuple(marks)),
         opening_items=_opening_items(messages),
         sizes=tuple(sizes),
         roles=tuple(_role_of(message) for message in messages),
@@ -234,7 +242,7 @@ def _role_of(message: Any) -> str:
     return named[:_ROLE_CHARS_MAX] if isinstance(named, str) else ""
 
 
-def _is_models_own(role: str) -> bool:
+def is_models_own(role: str) -> bool:
     """Whether a message, or an item of the Responses API, came from the model."""
     return role in ("assistant", "reasoning") or role.endswith("_call")
 
@@ -265,6 +273,11 @@ def _canonical(value: Any) -> bytes:
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def _mark(text: bytes) -> int:
+    """Tell messages of one process apart: by all of a short one, by the ends and the length of a long one."""
+    return hash(text if len(text) <= 2 * MARK_BYTES else (len(text), text[:MARK_BYTES], text[-MARK_BYTES:]))
 
 
 def _roll(link: bytes, data: bytes) -> bytes:

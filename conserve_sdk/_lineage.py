@@ -11,11 +11,11 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from conserve_sdk._digest import Head, PromptDigest, digest_prompt
 from conserve_sdk._fork import call_in_forked_child
-from conserve_sdk._forks import ForkWatch, Rewrite
+from conserve_sdk._forks import ForkWatch, Rewrite, goes_on_from
 from conserve_sdk._kind import Kind
 from conserve_sdk.core.units import ConversationId, LineageId
 
@@ -39,6 +39,7 @@ class LineageMatch:
             so 0 and 1 mean that nothing worth keeping is shared.
         parent: for a new lineage of a known conversation, the lineage that shares most with it (the most recent one
             when none shares anything), else None.
+        replaces: for a new lineage, the one whose history it is, rewritten: nothing will extend that one any more.
         uncached_bytes: bytes of the prompt's text beyond the shared items.
         append_bytes: of those, the ones that the model did not write itself.
         anonymous: True when `conversation_id` was made up here.
@@ -54,6 +55,7 @@ class LineageMatch:
     append_bytes: int
     anonymous: bool = False
     continued: bool = False
+    replaces: LineageId | None = None
 
 
 @dataclass(slots=True)
@@ -233,7 +235,10 @@ def _match_known(
     if extends:
         return _as_match(conversation, entry, digest, lineage=lineage, extends=True, shared=shared)
     made = _new_lineage(entry, digest, shared)
-    return _as_match(conversation, entry, digest, lineage=made, extends=False, shared=shared, parent=lineage)
+    match = _as_match(conversation, entry, digest, lineage=made, extends=False, shared=shared, parent=lineage)
+    heads = entry.heads[lineage]  # several of them: branches that live on beside each other
+    rewrites = len(heads) == 1 and goes_on_from(digest, heads[0], shared_items=shared)
+    return replace(match, replaces=lineage) if rewrites else match
 
 
 def _as_match(

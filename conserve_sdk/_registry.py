@@ -245,6 +245,19 @@ class LeaseRegistry:
             entry = self._remove(ref)
             return entry.grant if entry else None
 
+    def retire(self, ref: LeaseRef, *, now_ms: int) -> LeaseGrant | None:
+        """Forget an entry that nothing will use any more; return its grant if it is live, to be released.
+
+        An entry with a turn in flight stays as it is. One that waits for a tool does not: what it waits for has gone
+        into the history that replaces it.
+        """
+        with self._lock:
+            entry = self._entries.get(ref)
+            if entry is None or entry.in_flight:
+                return None
+            self._remove(ref)
+            return entry.grant if entry.is_live(now_ms) else None
+
     def forget(self, conversation: ConversationId, *, now_ms: int) -> list[LeaseGrant]:
         """Forget a conversation and return the grants that are live, to be released."""
         with self._lock:

@@ -16,7 +16,7 @@ from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._registry import LeaseRegistry
 from conserve_sdk.core.units import LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerUnavailable, ConServeError, LeaseClosed, RateLimited
-from conserve_sdk.protocol import RENEWALS_MAX, REPORTS_MAX, LeaseStatus, RenewalBatch, Report, ReportBatch
+from conserve_sdk.protocol import RENEWALS_MAX, REPORTS_MAX, LeaseGrant, LeaseStatus, RenewalBatch, Report, ReportBatch
 
 __all__ = ["Reporter", "monotonic_ms"]
 
@@ -40,6 +40,12 @@ class _Queued:
     submitted_at_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GivenBack:
+    grant: LeaseGrant
+    at_ms: int
+
+
 class Reporter:
     """Collects reports, sends them in batches, renews leases in use, and feeds the verdicts to the registry.
 
@@ -56,6 +62,7 @@ class Reporter:
 
     _changed: threading.Condition
     _queue: deque[_Queued]
+    _given_back: deque[_GivenBack]
     _thread: threading.Thread | None
     _urgent: bool
     _noticed: bool
@@ -113,6 +120,15 @@ class Reporter:
             if self._urgent or len(self._queue) == 1:  # else the thread knows when to look already
                 self._notice()
 
+    def give_back(self, grant: LeaseGrant) -> None:
+        """Release a lease, behind the reports queued so far; never blocks. One that is not taken ends by its time."""
+        with self._changed:
+            if self._closed:
+                return
+            self._given_back.append(_GivenBack(grant=grant, at_ms=self._clock()))
+            self._submitted += 1
+            self._notice()
+
     def wake(self) -> None:
         """Make the thread look again: a lease came into use, so its renewal must be planned."""
         with self._changed:
@@ -134,10 +150,12 @@ class Reporter:
             now_ms = max(now_ms, self._clock())
             if now_ms >= self._retry_at_ms:
                 self._renew(now_ms)
+        self._release(now_ms)
         with self._changed:
             report_at = self._queue[0].submitted_at_ms + self._window_ms if self._queue else None
             renew_at = self._registry.next_renewal_ms(now_ms=now_ms)
-            wakes = [at for at in (report_at, renew_at) if at is not None]
+            release_at = now_ms if self._given_back and not self._queue else None
+            wakes = [at for at in (report_at, renew_at, release_at) if at is not None]
             return max(min(wakes), self._retry_at_ms) if wakes else None
 
     def flush(self, timeout_s: float = 5.0) -> bool:
@@ -176,6 +194,7 @@ class Reporter:
         # Also in a forked child, where the thread is gone and the parent reports what was queued.
         self._changed = threading.Condition()
         self._queue = deque()
+        self._given_back = deque()
         self._thread = None
         self._urgent = False
         self._noticed = False
@@ -262,6 +281,21 @@ class Reporter:
                 return
             self._apply(answer.results, [LeaseId(grant.lease_id) for grant in part], now_ms)
             self._settle(0)
+
+    def _release(self, now_ms: int) -> None:
+        while now_ms >= self._retry_at_ms:
+            with self._changed:
+                behind = (
+                    self._queue and self._given_back and self._queue[0].submitted_at_ms <= self._given_back[0].at_ms
+                )
+                if behind or not self._given_back:
+                    return
+                grant = self._given_back.popleft().grant
+            try:
+                self._client.release(grant.lease_id, grant.token, budget_ms=self._call_budget_ms)
+            except ConServeError as exc:
+                _logger.info("release_failed lease_id=%s: %s", grant.lease_id, exc)
+            self._settle(1)
 
     def _apply(self, results: Sequence[LeaseStatus], lease_ids: Sequence[LeaseId | None], sent_at_ms: int) -> None:
         for status, lease_id in zip(results, lease_ids, strict=True):

@@ -25,6 +25,7 @@ from conserve_sdk.telemetry import ConversationStats, Tally
 __all__ = [
     "HEADER_CONVERSATION",
     "HEADER_LINEAGE",
+    "HEADER_PARENT",
     "HEADER_SESSION",
     "conversation",
     "current_conversation",
@@ -32,11 +33,14 @@ __all__ = [
     "current_tally",
     "resolve_conversation",
     "resolve_lineage",
+    "resolve_parent",
     "wire_id",
 ]
 
 HEADER_CONVERSATION = "X-ConServe-Conversation"
 HEADER_LINEAGE = "X-ConServe-Lineage"
+HEADER_PARENT = "X-ConServe-Parent"
+"""The conversation that the request's own is a part of: its first lease names that one's as its parent."""
 HEADER_SESSION = "X-Session-ID"
 """Read by vLLM (`SESSION_ID_HEADER`, entrypoints/generate/base/serving.py) and by session-affine routers."""
 
@@ -215,6 +219,12 @@ def resolve_lineage(headers: Mapping[str, str]) -> LineageId | None:
         return LineageId(wire_id(explicit))
     # A header that names another conversation than the enclosing block leaves the block's lineage behind.
     return None if _header(headers, HEADER_CONVERSATION) else current_lineage()
+
+
+def resolve_parent(headers: Mapping[str, str]) -> ConversationId | None:
+    """Find the parent conversation the application named in the header `X-ConServe-Parent`."""
+    named = _header(headers, HEADER_PARENT)
+    return wire_id(named) if named else None
 
 
 def _header(headers: Mapping[str, str], name: str) -> str | None:

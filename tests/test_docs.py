@@ -60,6 +60,16 @@ def test_python_blocks_run(name: str, broker_url: str, capsys: pytest.CaptureFix
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("module", ["conserve_langgraph", "conserve_openai_agents", "conserve_pydantic_ai"])
+def test_every_adapter_is_shown_in_few_lines(module: str) -> None:
+    """Where somebody meets it first: its own page, and the pages that show all ways to reach a fleet."""
+    first = _blocks(ROOT / "integrations" / module / "README.md", "python")[0]
+    shared = [*_blocks(ROOT / "README.md", "python"), *_blocks(ROOT / "docs/clients.md", "python")]
+    assert module in first
+    assert any(module in block for block in shared)
+    assert max(sum(bool(line.strip()) for line in block.splitlines()) for block in (first, *shared)) <= 15
+
+
 def test_toml_blocks_are_configurations(tmp_path: Path) -> None:
     blocks = [block for name in NAMES for block in _blocks(ROOT / name, "toml")]
     assert blocks, "the README shows a broker's configuration"

@@ -16,7 +16,7 @@ from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.legs import DecoderDown, Legs
 from conserve_sdk._turn.placing import Place, Placing
 from conserve_sdk._turn.wire import TRACE_HEADERS
-from conserve_sdk.core.units import ModelName
+from conserve_sdk.core.units import ConversationId, ModelName
 
 __all__ = ["Answer", "TurnFlow"]
 
@@ -44,6 +44,7 @@ class TurnFlow:
         match: its place among the conversation's lineages.
         digest: of its prompt.
         budget: its time.
+        parent: the conversation that this one is a part of, where the application says so.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class TurnFlow:
         match: LineageMatch,
         digest: PromptDigest,
         budget: Budget,
+        parent: ConversationId | None = None,
     ) -> None:
         path = wire_path(original.url.path)
         ref = LeaseRef(match.conversation_id, match.lineage, ModelName(body.model))
         self._kit = kit
         trace = {name: original.headers[name] for name in TRACE_HEADERS if name in original.headers}
         self._turn = ActiveTurn(kit, ref=ref, match=match, digest=digest, path=path, streams=body.stream, trace=trace)
-        self._placing = Placing(kit, turn=self._turn, budget=budget, may_move=not body.local_because)
+        self._placing = Placing(kit, turn=self._turn, budget=budget, may_move=not body.local_because, parent=parent)
         self._legs = Legs(kit, turn=self._turn, original=original, body=body, budget=budget, path=path)
 
     def run(self) -> Flow[Answer]:

@@ -12,7 +12,7 @@ from conserve_sdk._lineage import LineageMatch, PromptDigest, Rewrite
 from conserve_sdk._registry import LeaseRef, ServedTurn
 from conserve_sdk._tracker import TurnFacts, TurnTracker
 from conserve_sdk._turn.kit import TurnKit
-from conserve_sdk.core.units import EngineId, LeaseId
+from conserve_sdk.core.units import EngineId, LeaseId, LineageId
 from conserve_sdk.errors import LeaseClosed
 from conserve_sdk.protocol import (
     Binding,
@@ -139,6 +139,14 @@ class ActiveTurn:
             rewrite = self._kit.book.commit(self.match, self.digest)
             if rewrite is not None:
                 self._kit.warn_once("rewrites", _advice(self.ref, rewrite))
+            if self.match.replaces is not None and self.lease is not None:
+                self._retire(self.match.replaces)
+
+    def _retire(self, lineage: LineageId) -> None:
+        """This turn's history has taken the place of another: give that one's lease back."""
+        grant = self._kit.registry.retire(self.ref._replace(lineage=lineage), now_ms=self._kit.now_ms())
+        if grant is not None:
+            self._kit.reporter.give_back(grant)
 
     def feed(self, chunk: bytes) -> None:
         """Bytes pass to the application."""

@@ -12,7 +12,7 @@ from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
-from conserve_sdk.core.units import LeaseId
+from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerError, LeaseError, LeaseRefused, ProtocolError, RateLimited
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
 
@@ -40,11 +40,14 @@ class Place:
 class Placing:
     """Finds the place of one turn, and another one when its decoder fails."""
 
-    def __init__(self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget, may_move: bool) -> None:
+    def __init__(
+        self, kit: TurnKit, *, turn: ActiveTurn, budget: Budget, may_move: bool, parent: ConversationId | None = None
+    ) -> None:
         self._kit = kit
         self._turn = turn
         self._budget = budget
         self._ref = turn.ref
+        self._parent_conversation = parent
         self._leaseless: TurnPlan | None = None
         self._may_ride = True
         self._moving = Moving(kit, turn=turn, budget=budget, allowed=may_move)
@@ -230,11 +233,13 @@ class Placing:
     def _host_of_stranger(self, view: LeaseView) -> TurnPlan | None:
         """The decoder on which a tiny request of the same conversation rides, if this is one.
 
-        Titles, summaries and guardrails extend nothing and are asked once: a lease of their own would outlive them.
+        Titles, summaries and guardrails add nothing to what was said: a lease of their own would outlive them. That
+        goes for the same words said again, too, but not for a rewritten history, which goes on.
         """
         match = self._turn.match
+        grows = match.extends and match.uncached_bytes > 0
         small = self._turn.digest.text_bytes <= self._kit.options.stranger_bytes_max
-        if match.extends or view.grant is not None or not small or not self._may_ride:
+        if grows or match.replaces or view.grant is not None or not small or not self._may_ride:
             return None
         others = self._kit.registry.views(self._ref.conversation_id, now_ms=self._kit.now_ms())
         hosts = [other for other in others if other.live and other.ref.model == self._ref.model]
@@ -257,9 +262,16 @@ class Placing:
     def _parent(self) -> LeaseGrant | None:
         lineage = self._turn.match.parent
         if lineage is None:
-            return None
+            return self._lease_of_parent_conversation()
         view = self._kit.registry.view(self._ref._replace(lineage=lineage), now_ms=self._kit.now_ms())
         return view.grant if view.live else None
+
+    def _lease_of_parent_conversation(self) -> LeaseGrant | None:
+        """The oldest live lease of the conversation that the application names as the parent of this one."""
+        if self._parent_conversation is None:
+            return None
+        views = self._kit.registry.views(self._parent_conversation, now_ms=self._kit.now_ms())
+        return next((view.grant for view in views if view.live and view.ref.model == self._ref.model), None)
 
     def _wait_ms(self) -> int:
         """What is left of the time for admission, counted from the turn's arrival."""

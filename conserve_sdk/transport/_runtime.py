@@ -18,7 +18,7 @@ from conserve_sdk._reporter import Reporter
 from conserve_sdk._turn import Budget, Flow, LeasePlanner, Opened, TurnFlow, TurnKit, relay_flow
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import LeaseClosed
-from conserve_sdk.identity import HEADER_SESSION, resolve_conversation, resolve_lineage
+from conserve_sdk.identity import HEADER_SESSION, resolve_conversation, resolve_lineage, resolve_parent
 from conserve_sdk.transport._pools import AsyncEnginePool, EnginePool
 from conserve_sdk.transport._settings import Settings
 
@@ -93,7 +93,8 @@ class Runtime:
             explicit_lineage=resolve_lineage(headers),
             previous_response_id=_text(body.data.get("previous_response_id")),
         )
-        return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget)
+        parent = resolve_parent(headers)
+        return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget, parent=parent)
 
     def idle(self, conversation: ConversationId) -> int:
         """Renew no lease of a conversation until its next turn; returns how many that stopped."""

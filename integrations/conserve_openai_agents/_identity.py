@@ -8,7 +8,7 @@ from typing import Any
 
 from agents import ModelSettings
 
-from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_SESSION, current_conversation
+from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_PARENT, HEADER_SESSION, current_conversation
 
 __all__ = ["NamedTurn", "name_turn"]
 
@@ -36,7 +36,7 @@ class NamedTurn:
     owned: bool = False
 
 
-def name_turn(settings: ModelSettings, *, host: str | None = None) -> NamedTurn:
+def name_turn(settings: ModelSettings, *, host: str | None = None, parent: str | None = None) -> NamedTurn:
     """Find the conversation of a model call.
 
     The application's header wins, then the enclosing `with conserve_sdk.conversation(...)`, then the application's own
@@ -45,6 +45,7 @@ def name_turn(settings: ModelSettings, *, host: str | None = None) -> NamedTurn:
     Args:
         settings: of the call, with the runner's key in `extra_args`.
         host: conversation on which a call rides that has none but its run's own.
+        parent: conversation of the run around this one, which a conversation of its own then names as its parent.
     """
     arguments = dict(settings.extra_args or {})
     key = arguments.get(_KEY)
@@ -57,7 +58,8 @@ def name_turn(settings: ModelSettings, *, host: str | None = None) -> NamedTurn:
         return NamedTurn(settings=settings, conversation=explicit)
     is_run = generated.startswith(RUN_KEY_PREFIX)
     named = host if is_run and host is not None else generated
-    headers = {**(settings.extra_headers or {}), HEADER_CONVERSATION: named}
+    family = {HEADER_PARENT: parent} if parent is not None and parent != named else {}
+    headers = {**family, **(settings.extra_headers or {}), HEADER_CONVERSATION: named}
     return NamedTurn(
         settings=replace(settings, extra_headers=headers), conversation=named, owned=is_run and named == generated
     )

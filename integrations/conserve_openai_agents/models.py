@@ -96,7 +96,8 @@ class _Leased(Model):
         prompt: tuple[str | None, str | list[TResponseInputItem]],
     ) -> tuple[Run | None, NamedTurn]:
         run = book_of(self.conserve).run_of(current_run_owner())
-        named = name_turn(settings, host=None if has_tools else _host(run, prompt))
+        parent = run.parent.main_conversation if run is not None and run.parent is not None else None
+        named = name_turn(settings, host=None if has_tools else _host(run, prompt), parent=parent)
         if run is not None and named.conversation is not None:
             run.asks(named.conversation, owned=named.owned)
         return run, named

@@ -8,13 +8,17 @@ from typing import Any
 from pydantic_ai.messages import ModelMessage
 from pydantic_ai.settings import ModelSettings
 
-from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_SESSION, current_conversation
+from conserve_sdk.identity import HEADER_CONVERSATION, HEADER_PARENT, HEADER_SESSION, current_conversation
 
 __all__ = ["name_conversation"]
 
 
 def name_conversation(
-    messages: Sequence[ModelMessage], settings: ModelSettings | None, defaults: ModelSettings | None
+    messages: Sequence[ModelMessage],
+    settings: ModelSettings | None,
+    defaults: ModelSettings | None,
+    *,
+    parent: str | None = None,
 ) -> tuple[ModelSettings | None, str | None]:
     """Name the conversation of a request in a header, unless the application has named it.
 
@@ -25,6 +29,7 @@ def name_conversation(
         messages: of the request; the last one carries the run's `conversation_id`.
         settings: of the request.
         defaults: of the model: a header of theirs would be lost if the request had headers and they were not copied.
+        parent: conversation of the run around this one, which a conversation of its own then names as its parent.
 
     Returns:
         The settings to use, and the conversation; None where nothing names one.
@@ -36,7 +41,8 @@ def name_conversation(
     if named or not found:
         return settings, named
     named_settings = ModelSettings(**(settings or {}))
-    named_settings["extra_headers"] = {**headers, HEADER_CONVERSATION: found}
+    family = {HEADER_PARENT: parent} if parent and parent != found and HEADER_PARENT.lower() not in given else {}
+    named_settings["extra_headers"] = {**headers, **family, HEADER_CONVERSATION: found}
     return named_settings, found
 
 

@@ -40,6 +40,11 @@ class Run:
     conversations: dict[str, None] = field(default_factory=dict)
     defers: bool = False
 
+    @property
+    def conversation_around(self) -> str | None:
+        """The conversation of the run around this one, whose tool started it."""
+        return next(reversed(self.parent.conversations), None) if self.parent is not None else None
+
     def asks(self, conversation: str | None) -> None:
         """A turn begins."""
         self.defers = False

@@ -112,8 +112,9 @@ class ConServeModel(WrapperModel):
         return _nested(run_scope(self.conserve), super()._run_scope())
 
     def _begin(self, messages: list[ModelMessage], settings: ModelSettings | None) -> ModelSettings | None:
-        named, conversation = name_conversation(messages, settings, self.settings)
         run = current_run()
+        parent = run.conversation_around if run is not None else None
+        named, conversation = name_conversation(messages, settings, self.settings, parent=parent)
         if run is not None:
             run.asks(conversation)
         return named

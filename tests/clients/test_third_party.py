@@ -1,6 +1,7 @@
 """Libraries that take an openai client take ConServe's. They are heavy, so they need not be installed here.
 
-`pip install --group third-party`, or name an interpreter that has them in CONSERVE_THIRD_PARTY_PYTHON.
+`make test-third-party` makes an environment that has them; CONSERVE_THIRD_PARTY_PYTHON names its interpreter, and with
+CONSERVE_REQUIRE_THIRD_PARTY set it is an error if they are missing there.
 """
 
 import os
@@ -22,7 +23,8 @@ PYTHON = os.environ.get("CONSERVE_THIRD_PARTY_PYTHON", sys.executable)
 def test_example(stack: LocalStack, example: str, module: str) -> None:
     find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module.split('.')[0]!r}) is None)"
     if subprocess.run([PYTHON, "-c", find], timeout=60, check=False).returncode:
-        pytest.skip(f"{module} is not installed in {PYTHON}: pip install --group third-party")
+        missing = f"{module} is not installed in {PYTHON}: make test-third-party"
+        pytest.fail(missing) if os.environ.get("CONSERVE_REQUIRE_THIRD_PARTY") else pytest.skip(missing)
     before = _turns(stack)
     done = subprocess.run(
         [PYTHON, EXAMPLES / example],

@@ -18,6 +18,8 @@ from langgraph.types import Send
 from pydantic import BaseModel
 
 from conserve_langgraph import ConServeChat
+from conserve_sdk import ConServe
+from conserve_sdk.protocol import LeaseExplanation
 from conserve_sdk.telemetry import TurnCollector, TurnRecord
 
 LONG = "Here is the listing of the repository. " * 60
@@ -230,3 +232,24 @@ def test_a_rewritten_history_is_a_first_turn_and_nothing_else_is(
     _assert_one_lease_each(turns, lineages=len(found), thread=_thread(config))
     follow_ups = [record for records in found.values() for record in records[1:]]
     assert all(record.cached_tokens > 0 for record in follow_ups)
+
+
+@pytest.mark.parametrize("middleware", REWRITERS.values(), ids=REWRITERS.keys())
+def test_a_rewritten_history_gives_the_lease_of_the_old_one_back(
+    llm: ConServeChat,
+    conserve: ConServe,
+    turns: TurnCollector,
+    lease_now: Callable[[str], LeaseExplanation | None],
+    middleware: Callable[[ConServeChat], Any],
+) -> None:
+    aside = ConServeChat(model=llm.model_name, conserve=conserve, conversation_id=f"summaries-{uuid4().hex[:10]}")
+    agent = create_agent(
+        llm, [word_count], system_prompt="You count. ", middleware=[middleware(aside)], checkpointer=InMemorySaver()
+    )
+    config = _config()
+    for number in range(3):
+        agent.invoke(_ask(str(number)), config)
+    assert conserve.flush(60)
+    leases = [record.lease_id for record in turns.records if record.conversation_id == _thread(config)]
+    assert len(set(leases)) > 2, "the middleware did rewrite"
+    assert {lease_id for lease_id in set(leases) if lease_id and lease_now(lease_id)} == {leases[-1]}

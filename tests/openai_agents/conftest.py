@@ -9,9 +9,9 @@ from agents import RunConfig
 from conserve_lab.stack import LocalStack
 from conserve_openai_agents import ConServeModelProvider, _runs
 from conserve_sdk import ConServe
-from tests.support.agents import Activity, activity, conserve, stack, turns
+from tests.support.agents import Activity, activity, asked, conserve, stack, turns
 
-__all__ = ["Activity", "Config", "activity", "conserve", "stack", "turns"]
+__all__ = ["Activity", "Config", "activity", "asked", "conserve", "stack", "turns"]
 
 Config = Callable[..., RunConfig]
 

@@ -6,6 +6,7 @@ from agents import Agent, GuardrailFunctionOutput, InputGuardrail, Runner, SQLit
 
 from conserve_openai_agents import ConServeModelProvider
 from conserve_sdk import conversation
+from conserve_sdk.protocol import LeaseRequest
 from conserve_sdk.telemetry import TurnCollector
 
 from .conftest import Activity, Config
@@ -36,7 +37,11 @@ async def test_a_small_run_inside_a_tool_rides_without_a_lease(
 
 
 async def test_a_long_run_inside_a_tool_has_a_conversation_of_its_own(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity
+    provider: ConServeModelProvider,
+    turns: TurnCollector,
+    config: Config,
+    activity: Activity,
+    asked: list[LeaseRequest],
 ) -> None:
     @function_tool
     async def look_up(name: str) -> str:
@@ -50,6 +55,9 @@ async def test_a_long_run_inside_a_tool_has_a_conversation_of_its_own(
         own = [record for record in turns.records if record.conversation_id.startswith("agents-sdk:run:")]
         assert len({record.conversation_id for record in own}) == len(own) >= 2
         assert {activity(record.lease_id) for record in own} == {"gone"}
+        outer = next(record for record in turns.records if record not in own)
+        parents = [request.parent_lease_id for request in asked if request.conversation_id != outer.conversation_id]
+        assert parents == [outer.lease_id] * len(own), "a child's lease names its parent's"
 
 
 async def test_a_guardrail_inside_a_block_rides_once_the_conversation_has_a_lease(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import httpx2
 
-from conserve_sdk import Timeouts, conversation
+from conserve_sdk import conversation
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, small_fleet
 from tests.parity.program import Program
 from tests.parity.scenes import scene
 from tests.support.dialogue import follow_up
+from tests.support.patience import be_patient, hurry
 
-QUICK = Timeouts(broker_s=0.5)
-FALLBACK = {"fallback_engines": ["http://f0.invalid", "http://f1.invalid"], "timeouts": QUICK, "wait_s": 0}
+FALLBACK = {"fallback_engines": ["http://f0.invalid", "http://f1.invalid"], "wait_s": 0}
 
 
 def engines(**scripts: list[EngineReply]):
@@ -221,12 +221,14 @@ async def transfer_params_of_the_application(p: Program) -> None:
 # ---- the broker -----------------------------------------------------------------------------------------------
 
 
-@scene(lambda: {"timeouts": QUICK, "wait_s": 0})
+@scene(lambda: {"wait_s": 0})
 async def no_broker_and_no_fallback(p: Program) -> None:
     p.broker.stop()
+    hurry(p.conserve)
     assert type(await p.ask(0)).__name__ == "BrokerUnavailable"
     assert type(await p.get("/models")).__name__ == "BrokerUnavailable"
     p.broker.start()
+    be_patient(p.conserve)
     await p.ask(0)
     assert p.errors == ["BrokerUnavailable", ""]
 
@@ -234,18 +236,21 @@ async def no_broker_and_no_fallback(p: Program) -> None:
 @scene(lambda: {**FALLBACK, "on_broker_unavailable": "raise"})
 async def a_fallback_that_is_not_wanted(p: Program) -> None:
     p.broker.stop()
+    hurry(p.conserve)
     assert type(await p.ask(0)).__name__ == "BrokerUnavailable"
 
 
 @scene(lambda: dict(FALLBACK))
 async def fallback_engines(p: Program) -> None:
     p.broker.stop()
+    hurry(p.conserve)
     for name in ("a", "b"):
         await p.ask(0, name=name)
         await p.ask(1, name=name, stream=True)
     called = p.engines_called
     assert called[0::2] == called[1::2]
     p.broker.start()
+    be_patient(p.conserve)
     p.broker.clock.advance(5_000)
     await p.ask(2, name="a")
     assert p.engines_called[4:] == ["p0", "d0"]
@@ -254,6 +259,7 @@ async def fallback_engines(p: Program) -> None:
 @scene(lambda: {**FALLBACK, "engine": ScriptedEngine(EngineReply.unreachable(), then="answer")})
 async def a_fallback_engine_that_is_gone(p: Program) -> None:
     p.broker.stop()
+    hurry(p.conserve)
     await p.ask(0)
     assert sorted(p.engines_called) == ["f0", "f1"]
 
@@ -291,7 +297,7 @@ class _Garbage(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return self.handle_request(request)
 
 
-@scene(lambda: {"broker_transport": _Garbage(), "timeouts": QUICK, "wait_s": 0})
+@scene(lambda: {"broker_transport": _Garbage(), "wait_s": 0})
 async def a_server_that_is_no_broker(p: Program) -> None:
     assert type(await p.ask(0)).__name__ == "ProtocolError"
 

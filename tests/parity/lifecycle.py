@@ -158,3 +158,33 @@ async def a_move_that_is_refused(p: Program) -> None:
     await p.ask(1)
     await p.ask(2)
     assert p.engines_called == ["p0", "d0", "d0", "d0"]
+
+
+# ---- lines of a conversation ----------------------------------------------------------------------------------
+
+
+@scene()
+async def a_history_that_was_rewritten(p: Program) -> None:
+    system = {"role": "system", "content": "You keep the files. " * 60}
+    history = [system, {"role": "user", "content": "first"}]
+    for turn in range(3):
+        await p.ask(messages=history, stream=turn == 2)
+        history += [{"role": "assistant", "content": f"answer {turn}"}, {"role": "user", "content": f"next {turn}"}]
+    await p.ask(messages=[system, {"role": "user", "content": "Summary."}, *history[-3:]])
+    assert p.broker.core.lease_count() == 1
+    assert [exchange.method for exchange in p.broker.exchanges].count("DELETE") == 1
+
+
+@scene()
+async def a_child_that_names_its_parent(p: Program) -> None:
+    await p.ask(0, name="boss")
+    await p.ask(0, name="worker", extra_headers={"X-ConServe-Parent": "boss"})
+    assert len({record.lease_id for record in p.turns.records}) == 2
+
+
+@scene()
+async def a_tiny_request_again_and_again(p: Program) -> None:
+    await p.ask(0)
+    for stream in (False, True, False):
+        await p.ask(messages=[{"role": "user", "content": "A title, please."}], stream=stream)
+    assert [record.lease_id is None for record in p.turns.records] == [False, True, True, True]

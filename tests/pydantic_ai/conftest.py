@@ -5,9 +5,9 @@ import pytest
 from conserve_lab.stack import LocalStack
 from conserve_pydantic_ai import ConServeModel, _runs
 from conserve_sdk import ConServe
-from tests.support.agents import Activity, activity, conserve, stack, turns
+from tests.support.agents import Activity, activity, asked, conserve, stack, turns
 
-__all__ = ["Activity", "activity", "conserve", "stack", "turns"]
+__all__ = ["Activity", "activity", "asked", "conserve", "stack", "turns"]
 
 
 @pytest.fixture(autouse=True)

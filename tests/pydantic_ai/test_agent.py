@@ -15,6 +15,7 @@ from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
 from conserve_pydantic_ai import ConServeModel, ConServeProvider
 from conserve_sdk import ConServe, conversation
+from conserve_sdk.protocol import LeaseRequest
 from conserve_sdk.telemetry import TurnCollector, TurnRecord
 
 from .conftest import Activity
@@ -83,8 +84,8 @@ async def test_separate_runs_are_separate_conversations(model: ConServeModel, tu
         assert len({record.conversation_id for record in turns.records}) == 3
 
 
-async def test_a_delegate_has_a_conversation_of_its_own(
-    model: ConServeModel, turns: TurnCollector, activity: Activity
+async def test_a_delegate_has_a_conversation_of_its_own_whose_lease_names_its_parent(
+    model: ConServeModel, turns: TurnCollector, activity: Activity, asked: list[LeaseRequest]
 ) -> None:
     async with model.conserve:
         boss: Agent[None, str] = Agent(model, instructions="You delegate. " + LONG)
@@ -101,6 +102,11 @@ async def test_a_delegate_has_a_conversation_of_its_own(
             by_conversation.setdefault(record.conversation_id, []).append(record)
         assert len(by_conversation) >= 3, "the boss, and each of its delegations"
         _one_lease(by_conversation[result.conversation_id])
+        boss_lease = by_conversation[result.conversation_id][0].lease_id
+        parents = {request.conversation_id: request.parent_lease_id for request in asked}
+        assert parents.pop(result.conversation_id) is None
+        assert set(parents.values()) == {boss_lease}
+        assert set(parents) == set(by_conversation) - {result.conversation_id}
         assert model.conserve.flush(60)
         assert {activity(record.lease_id) for record in turns.records} == {"idle"}
 

@@ -8,11 +8,13 @@ import gzip
 import httpx2
 import pytest
 
-from conserve_sdk import BrokerError, BrokerUnavailable, ProtocolError, Timeouts
+from conserve_sdk import BrokerError, BrokerUnavailable, ProtocolError
 from conserve_sdk._broker_attempts import ANSWER_BYTES_MAX
 from conserve_sdk._broker_client import AsyncBrokerClient, SyncBrokerClient
 from conserve_sdk.protocol import LeaseRequest, RenewalBatch, ReportBatch, SupersedeRequest, TurnStartedReport
 from conserve_sdk.testing import EngineReply, FakeClock, ScriptedEngine
+from tests.support.dialogue import follow_up
+from tests.support.patience import be_patient, hurry
 
 from .directed import DirectedBroker
 
@@ -179,19 +181,10 @@ class Astray(DirectedBroker):
         return response
 
 
-LONG = "hello " * 400
-QUICK = Timeouts(broker_s=0.05)
-MORE = [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "more"}]
-
-
-def follow_up(turns: int) -> list[dict]:
-    return [{"role": "user", "content": LONG}, *MORE * turns]
-
-
 @pytest.fixture
 def astray(make_world):
     def make(**options):
-        return make_world(broker=Astray(), timeouts=QUICK, wait_s=0, **options)
+        return make_world(broker=Astray(), wait_s=0, **options)
 
     return make
 
@@ -200,10 +193,12 @@ def astray(make_world):
 def test_a_new_conversation_gets_an_error_of_ours(astray, answer: str) -> None:
     world = astray()
     world.broker.says = ANSWERS[answer]
+    hurry(world.conserve)
     outcome = world.turn(max_retries=2)
     assert isinstance(outcome.error, BrokerError)
     assert world.engines_called == []
     world.broker.says = None
+    be_patient(world.conserve)
     assert world.turn().text == "ok"  # and nothing is left of it
     assert (world.record.lease_id is not None, world.record.loss) == (True, "")
 
@@ -212,6 +207,7 @@ def test_a_new_conversation_gets_an_error_of_ours(astray, answer: str) -> None:
 def test_a_new_conversation_may_fall_back(astray, answer: str) -> None:
     world = astray(fallback_engines=["http://f0.invalid"])
     world.broker.says = ANSWERS[answer]
+    hurry(world.conserve)
     assert world.turn().text == "ok"
     assert (world.engines_called, world.record.loss) == (["f0"], "broker_unavailable")
 
@@ -232,10 +228,12 @@ def test_a_conversation_with_a_lease_does_not_notice(astray, answer: str) -> Non
     world.turn()
     world.reports()
     world.broker.says = ANSWERS[answer]
+    hurry(world.conserve)
     for turns in (1, 2):
         assert world.turn(messages=follow_up(turns)).text == "ok"
     assert world.engines_called == ["p0", "d0", "d0", "d0"]
     world.broker.says = None
+    be_patient(world.conserve)
     world.turn(messages=follow_up(3))
     assert (world.record.epoch, world.record.loss) == (1, "")
 
@@ -248,6 +246,7 @@ def test_a_decoder_that_fails_meanwhile_leaves_its_own_error_or_a_fallback(astra
         world.turn()
         world.reports()
         world.broker.says = ANSWERS[answer]
+        hurry(world.conserve)
         engine.script("d0", EngineReply.unreachable())
         outcome = world.turn(messages=follow_up(1))
         assert (type(outcome.error).__name__ if outcome.error else None) == expected
@@ -258,6 +257,7 @@ def test_reports_parks_and_releases_disturb_nobody(astray, answer: str) -> None:
     world = astray()
     world.turn()
     world.broker.says = ANSWERS[answer]
+    hurry(world.conserve)
     assert world.conserve.flush(30)  # given up, and counted
     assert world.conserve.reports_dropped == 2
     world.clock.advance(25_000)

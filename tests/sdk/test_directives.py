@@ -13,6 +13,7 @@ from conserve_sdk import Timeouts
 from conserve_sdk._turn import TurnKit
 from conserve_sdk.testing import EngineReply, ScriptedEngine, small_fleet
 from tests.support.dialogue import LONG, follow_up
+from tests.support.patience import be_patient
 
 from .directed import REFUSAL, DirectedBroker, problem
 
@@ -156,6 +157,7 @@ def test_a_move_that_fails_leaves_everything_as_it_was(directed, answer, caplog)
     world.turn(messages=follow_up(2))
     assert len(world.broker.asked) == asked  # not before the broker says it again
     world.broker.answer = "move"
+    be_patient(world.conserve)
     told(world)
     world.turn(messages=follow_up(3))
     assert world.engines_called[-2:] == ["d0", "d1"]

@@ -108,6 +108,7 @@ def test_workers_that_start_afresh_each_time_are_new_lineages_and_no_mistake(thr
     boss = thread.ask(system("You delegate."), user("task"), tools=TOOLS)
     workers = [thread.ask(system("You work."), user(f"subtask {number}")) for number in range(12)]
     assert lineages([boss, *workers]) == 13
+    assert {match.replaces for match in workers} == {None}
     assert thread.rewritten == []
 
 
@@ -116,6 +117,7 @@ def test_a_fan_out_of_three_is_three_lineages_that_share_the_system_prompt(threa
     requests = [(system("You check one item."), user(f"item {number}")) for number in range(3)]
     matches = thread.ask_together(requests) if together else [thread.ask(*request) for request in requests]
     assert lineages(matches) == 3
+    assert {match.replaces for match in matches} == {None}
     if not together:
         assert [match.shared_items for match in matches] == [0, 2, 2]  # the preamble and the system prompt
     for request, match in zip(requests, matches, strict=True):
@@ -156,6 +158,7 @@ def test_summarisation_makes_a_stranger_and_then_a_fork_of_the_history(thread: T
     fork = thread.ask(*compacted, tools=TOOLS)
     assert (fork.extends, fork.shared_items, fork.parent) == (False, 2, main.lineage)  # tools and system prompt remain
     assert fork.lineage not in (main.lineage, stranger.lineage)
+    assert (main.replaces, stranger.replaces, fork.replaces) == (None, None, main.lineage)
     assert thread.ask(*compacted, assistant("well"), user("on"), tools=TOOLS).lineage == fork.lineage
     assert thread.rewritten == []
 
@@ -171,7 +174,7 @@ def test_context_editing_forks_where_it_cuts_and_keeps_what_stands_before(thread
             forks.append(match)
     # The result before last is replaced each time: everything up to it is kept.
     assert [fork.shared_items for fork in forks] == [4, 6, 8, 10, 12, 14]
-    assert all(fork.parent for fork in forks)
+    assert all(fork.replaces == fork.parent for fork in forks)
     assert thread.rewritten[0] == (11, "tool")  # the fifth of them is one too many
 
 
@@ -180,7 +183,7 @@ def test_a_handoff_is_a_lineage_of_its_own_and_going_back_finds_the_first(thread
     triage = thread.ask(system("You route."), *said, tools=TOOLS)
     said += [call(0), result(0, "transferred to billing")]
     billing = thread.ask(system("You do billing."), *said)
-    assert (billing.extends, billing.parent) == (False, triage.lineage)
+    assert (billing.extends, billing.parent, billing.replaces) == (False, triage.lineage, None)
     said += [assistant("fixed"), user("thanks, another thing")]
     assert thread.ask(system("You do billing."), *said).lineage == billing.lineage
     assert thread.ask(system("You route."), *said, tools=TOOLS).lineage == triage.lineage
@@ -190,7 +193,7 @@ def test_a_handoff_is_a_lineage_of_its_own_and_going_back_finds_the_first(thread
 def test_a_round_of_agents_over_one_history_is_no_rewriting(thread: Thread) -> None:
     said = [user("discuss")]
     for turn in range(20):
-        thread.ask(system(f"You are agent {turn % 5}."), *said)
+        assert thread.ask(system(f"You are agent {turn % 5}."), *said).replaces is None
         said.append(assistant(f"agent {turn % 5} says {turn}"))
     assert thread.rewritten == []
 

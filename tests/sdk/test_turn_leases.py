@@ -9,11 +9,12 @@ from concurrent.futures import Future
 import openai
 import pytest
 
-from conserve_sdk import BrokerUnavailable, LeaseRefused, Timeouts
+from conserve_sdk import BrokerUnavailable, LeaseRefused
 from conserve_sdk._turn import Wait
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, small_fleet
 from tests.support.dialogue import follow_up
+from tests.support.patience import be_patient, hurry
 
 pytestmark = pytest.mark.usefixtures("make_world")
 
@@ -86,8 +87,6 @@ def test_release_and_park(world) -> None:
 
 # ---- the broker fails or refuses ------------------------------------------------------------------------------
 
-QUICK = Timeouts(broker_s=0.05)
-
 
 def test_live_leases_go_on_without_a_broker(world) -> None:
     world.turn()
@@ -101,8 +100,9 @@ def test_live_leases_go_on_without_a_broker(world) -> None:
 
 def test_new_conversations_fall_back(make_world) -> None:
     engines = ["http://f0.invalid/v1", "http://f1.invalid"]
-    world = make_world(fallback_engines=engines, timeouts=QUICK, wait_s=0)
+    world = make_world(fallback_engines=engines, wait_s=0)
     world.broker.stop()
+    hurry(world.conserve)
     for name in ("a", "b", "c", "d", "e", "f"):
         for turn in range(2):
             outcome = world.turn(messages=follow_up(turn), conversation_id=name)
@@ -114,16 +114,19 @@ def test_new_conversations_fall_back(make_world) -> None:
     assert all("kv_transfer_params" not in call.body for call in world.engine.calls)
     assert (world.record.lease_id, world.record.mode, world.record.loss) == (None, None, "broker_unavailable")
     world.broker.start()
+    be_patient(world.conserve)
     world.clock.advance(5_000)
     world.turn(messages=follow_up(2), conversation_id="a")
     assert world.engines_called[-2:] == ["p0", "d0"]
 
 
 def test_a_broker_that_did_not_answer_is_left_alone_for_a_while(make_world) -> None:
-    world = make_world(fallback_engines=["http://f0.invalid"], timeouts=QUICK, wait_s=0)
+    world = make_world(fallback_engines=["http://f0.invalid"], wait_s=0)
     world.broker.stop()
+    hurry(world.conserve)
     world.turn()
     world.broker.start()
+    be_patient(world.conserve)
     world.turn(messages=follow_up())
     assert (world.asked(), world.engines_called) == (0, ["f0", "f0"])
     world.clock.advance(4_999)
@@ -136,10 +139,9 @@ def test_a_broker_that_did_not_answer_is_left_alone_for_a_while(make_world) -> N
 
 def test_a_fallback_engine_fails_over_too(make_world) -> None:
     engine = ScriptedEngine(EngineReply.unreachable(), then="answer")
-    world = make_world(
-        engine=engine, fallback_engines=["http://f0.invalid", "http://f1.invalid"], timeouts=QUICK, wait_s=0
-    )
+    world = make_world(engine=engine, fallback_engines=["http://f0.invalid", "http://f1.invalid"], wait_s=0)
     world.broker.stop()
+    hurry(world.conserve)
     assert world.turn().text == "ok"
     assert sorted(world.engines_called) == ["f0", "f1"]
     assert world.record.failovers == 1
@@ -147,10 +149,11 @@ def test_a_fallback_engine_fails_over_too(make_world) -> None:
 
 def test_a_dead_decoder_and_a_dead_broker_fall_back(make_world) -> None:
     engine = ScriptedEngine(then="answer")
-    world = make_world(engine=engine, fallback_engines=["http://f0.invalid"], timeouts=QUICK, wait_s=0)
+    world = make_world(engine=engine, fallback_engines=["http://f0.invalid"], wait_s=0)
     world.turn()
     world.conserve.flush()
     world.broker.stop()
+    hurry(world.conserve)
     engine.script("d0", EngineReply.unreachable())
     assert world.turn(messages=follow_up()).text == "ok"
     assert world.engines_called[-2:] == ["d0", "f0"]
@@ -158,18 +161,20 @@ def test_a_dead_decoder_and_a_dead_broker_fall_back(make_world) -> None:
 
 def test_a_dead_decoder_and_a_dead_broker_without_fallback(make_world) -> None:
     engine = ScriptedEngine(then="answer")
-    world = make_world(engine=engine, timeouts=QUICK, wait_s=0)
+    world = make_world(engine=engine, wait_s=0)
     world.turn()
     world.conserve.flush()
     world.broker.stop()
+    hurry(world.conserve)
     engine.script("d0", EngineReply.unreachable())
     assert isinstance(world.turn(messages=follow_up()).error, openai.APIConnectionError)
 
 
 @pytest.mark.parametrize("options", [{}, {"on_broker_unavailable": "raise", "fallback_engines": ["http://f0.invalid"]}])
 def test_no_broker_and_no_fallback_is_a_clear_error(make_world, options) -> None:
-    world = make_world(timeouts=QUICK, wait_s=0, **options)
+    world = make_world(wait_s=0, **options)
     world.broker.stop()
+    hurry(world.conserve)
     outcome = world.turn(max_retries=2)
     assert isinstance(outcome.error, BrokerUnavailable)
     assert world.engines_called == []

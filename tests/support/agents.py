@@ -8,9 +8,11 @@ import pytest
 from conserve_lab.emulator import default_fleet
 from conserve_lab.stack import LocalStack
 from conserve_sdk import ConServe
+from conserve_sdk._broker_client import AsyncBrokerClient
+from conserve_sdk.protocol import LeaseGrant, LeaseRequest
 from conserve_sdk.telemetry import TurnCollector
 
-__all__ = ["Activity", "activity", "conserve", "stack", "turns"]
+__all__ = ["Activity", "activity", "asked", "conserve", "stack", "turns"]
 
 Activity = Callable[[str | None], str]
 
@@ -34,6 +36,20 @@ def conserve(stack: LocalStack, turns: TurnCollector) -> Iterator[ConServe]:
     """Async tests enter it once more (`async with conserve`), so that no connection outlives their event loop."""
     with ConServe(stack.broker_url, on_turn=turns) as conserve:
         yield conserve
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LeaseRequest]:
+    """What async code asks the broker for from now on."""
+    requests: list[LeaseRequest] = []
+    acquire = AsyncBrokerClient.acquire
+
+    async def noted(self: AsyncBrokerClient, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
+        requests.append(request)
+        return await acquire(self, request, budget_ms=budget_ms)
+
+    monkeypatch.setattr(AsyncBrokerClient, "acquire", noted)
+    return requests
 
 
 @pytest.fixture

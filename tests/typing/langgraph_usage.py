@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_type
 
 from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, AgentState
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langgraph.graph import MessagesState, StateGraph
@@ -26,6 +27,15 @@ def models() -> None:
 
 def handlers(conserve: ConServe) -> None:
     handler: BaseCallbackHandler = ConServeCallbackHandler()
-    ConServeMiddleware(conserve)
-    ConServeMiddleware(3)  # type: ignore[arg-type]
+    middleware: AgentMiddleware[AgentState[object]] = ConServeMiddleware(conserve)
+    create_agent("m", [], middleware=[middleware])
     ConServeChat(model="m").invoke("hello", {"callbacks": [handler]})
+
+
+def langgraph_wrong() -> None:
+    ConServeChat(model="m").conversation_id = 3  # type: ignore[assignment]
+    ChatConServe("m")  # type: ignore[misc]
+    ConServeChat(model="m").bind_tools(3)  # type: ignore[arg-type]
+    ConServeMiddleware(3)  # type: ignore[arg-type]
+    ConServeMiddleware(broker_url="http://a")  # type: ignore[call-arg]
+    ConServeCallbackHandler("http://a")  # type: ignore[call-arg]
