@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class TurnKit:
 
     def new_request_id(self) -> str:
         """An id for one request to an engine, never used before."""
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
 
     def turn_begins(self, ref: LeaseRef) -> None:
         """Count a running turn of a lineage."""
@@ -86,12 +86,14 @@ class TurnKit:
         with self._lock:
             self._sent[ref] += 1
 
-    def turn_ends(self, ref: LeaseRef, *, sent: bool) -> bool:
-        """Count it out again; True when no other turn of the lineage is running.
+    def turn_ends(self, ref: LeaseRef, *, sent: bool, tell: Callable[[bool], None]) -> None:
+        """Count it out again.
 
         Args:
             ref: the lineage.
             sent: whether `turn_sent` was called for it.
+            tell: called with whether no other turn of the lineage is running, before the next turn is counted out: of
+                turns that end at once, the last one to be told about is the one that left the lineage idle.
         """
         with self._lock:
             self._sent[ref] -= sent
@@ -101,7 +103,7 @@ class TurnKit:
             idle = self._running[ref] <= 0
             if idle:
                 del self._running[ref]
-        return idle
+            tell(idle)
 
     def is_answering(self, ref: LeaseRef) -> bool:
         """Whether a turn of the lineage is at its engines."""

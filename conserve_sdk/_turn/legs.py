@@ -15,11 +15,11 @@ from conserve_sdk._kv_params import HOLD, PREFILL, TransferRefused, TransferTick
 from conserve_sdk._tracker import TurnTracker
 from conserve_sdk._turn.budget import REACH_PHASES, Budget
 from conserve_sdk._turn.effects import Discard, Flow, Opened
-from conserve_sdk._turn.hops import REQUEST_ID, fetch_watched, open_watched
+from conserve_sdk._turn.hops import REQUEST_ID, EngineRequest, fetch_watched, open_watched
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.placing import Place
-from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request
+from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request, engine_target
 from conserve_sdk.identity import HEADER_SESSION
 from conserve_sdk.protocol import Binding
 
@@ -228,7 +228,7 @@ class Legs:
         turn.held = bool(params and params.get("do_remote_decode"))
         request = self._request(place.plan.decoder, decode_leg(self._body, params), reach_ms=reach_ms)
         opened = yield from open_watched(turn, place.plan.decoder, request)
-        streamed = opened.response.headers.get("content-type", "").startswith("text/event-stream")
+        streamed = _is_event_stream(opened.response)
         turn.tracker = TurnTracker(self._body.kind, streamed=streamed)
         turn.streamed = streamed
         turn.status = opened.response.status_code
@@ -240,21 +240,23 @@ class Legs:
 
     def _request(
         self, engine: Binding, content: bytes, *, at_most_ms: int | None = None, reach_ms: int | None = None
-    ) -> httpx2.Request:
+    ) -> EngineRequest:
         turn = self._turn
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
-        headers = {HEADER_SESSION: session, REQUEST_ID: self._kit.new_request_id()}
+        request_id = self._kit.new_request_id()
+        headers = {HEADER_SESSION: session, REQUEST_ID: request_id}
         if turn.lease is not None:
             headers[HEADER_LEASE] = turn.lease.token
-        return engine_request(
+        target = engine_target(engine.url, self._path, query=self._original.url.query)
+        request = engine_request(
             self._original,
-            base=engine.url,
-            path=self._path,
+            target=target,
             content=content,
             timeout=self._budget.hop(at_most_ms=at_most_ms, reach_ms=reach_ms),
             headers=headers,
         )
+        return EngineRequest(request, target.text, request_id)
 
     def _status(self, opened: Opened) -> int:
         """The answer's status; an error that opens a stream counts as the status it names."""
@@ -265,6 +267,11 @@ class Legs:
     def _spend(self, place: Place) -> None:
         assert place.lease is not None
         self._turn.spent.add(place.lease.lease_id)
+
+
+def _is_event_stream(response: httpx2.Response) -> bool:
+    types = (value for name, value in response.headers.raw if name.lower() == b"content-type")
+    return next(types, b"").startswith(b"text/event-stream")
 
 
 def _json(body: bytes) -> object:
