@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from conserve_sdk._lineage import LineageBook
+from conserve_sdk._prompts import PromptReader
 from conserve_sdk._recent import ContextFollower
 from conserve_sdk._registry import LeaseRef, LeaseRegistry
 from conserve_sdk._reporter import Reporter
@@ -62,6 +63,7 @@ class TurnKit:
     stats: StatsBook = field(default_factory=StatsBook)
     planner: TurnPlanner = field(default_factory=LeasePlanner)
     options: TurnOptions = field(default_factory=TurnOptions)
+    prompts: PromptReader = field(default_factory=PromptReader)
     _running: Counter[LeaseRef] = field(default_factory=Counter)
     _sent: Counter[LeaseRef] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
