@@ -8,6 +8,7 @@ looking: a prompt of other tokens answers with wrong text, a longer one ends the
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -180,7 +181,8 @@ def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
     head = body.raw.index(b"{") + 1
     rest = body.raw[head:].lstrip()
     comma = b"" if rest.startswith(b"}") else b","
-    return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), _dump(params), comma, rest)
+    written = _dump_flags(tuple(params.items())) if len(params) == 1 else _dump(params)
+    return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), written, comma, rest)
 
 
 def without_transfer(raw: bytes) -> bytes:
@@ -264,3 +266,9 @@ def _several_prompts(prompt: object) -> bool:
 def _dump(data: Mapping[str, Any]) -> bytes:
     # ASCII only: a lone surrogate survives the round trip as an escape and cannot be encoded otherwise.
     return json.dumps(data, separators=(",", ":")).encode("ascii")
+
+
+@functools.lru_cache(maxsize=16)
+def _dump_flags(params: tuple[tuple[str, Any], ...]) -> bytes:
+    """The same of what is sent with every turn."""
+    return _dump(dict(params))

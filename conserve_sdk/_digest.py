@@ -110,8 +110,11 @@ class PromptDigest:
 
         What the model wrote is in its decoder's cache already.
         """
-        own = (number for number in range(max(items, 1), len(self.roles) + 1) if _is_models_own(self.roles[number - 1]))
-        return self.bytes_beyond(items) - sum(self.sizes[number] - self.sizes[number - 1] for number in own)
+        appended = self.bytes_beyond(items)
+        for number in range(max(items, 1), len(self.roles) + 1):
+            if _is_models_own(self.roles[number - 1]):
+                appended -= self.sizes[number] - self.sizes[number - 1]
+        return appended
 
     @property
     def prefix_key(self) -> str | None:
@@ -142,6 +145,8 @@ class PromptDigest:
 
     def shared_items(self, head: Head) -> int:
         """Return how many leading items this prompt shares with the one that ended in `head`."""
+        if not self.head.tail_bytes and self.head.chain.startswith(head.chain):
+            return len(head.chain) // DIGEST_BYTES
         low, high = 0, min(len(head.chain), len(self.head.chain)) // DIGEST_BYTES
         while low < high:  # the first item that differs makes all later digests differ
             middle = (low + high + 1) // 2

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import httpx2
 
+from conserve_sdk._kind import Kind
 from conserve_sdk._lineage import LineageMatch, PromptDigest, Rewrite
 from conserve_sdk._registry import LeaseRef, ServedTurn
 from conserve_sdk._tracker import TurnFacts, TurnTracker
@@ -170,7 +171,7 @@ class ActiveTurn:
         self._kit.registry.end_turn(
             self.ref, now_ms=now_us // 1000, loop_goes_on=goes_on, waits_for_tools=facts.calls_tools
         )
-        if facts.response_id and not failure:
+        if facts.response_id and not failure and self.digest.kind is Kind.RESPONSES:  # nobody names another's
             self._kit.book.commit(self.match, self.digest, response_id=facts.response_id)
         report = None if self.lease is None else self._report(facts, failure, now_us=now_us)
         self._kit.turn_ends(self.ref, sent=self._sent, tell=lambda idle: self._tell_end(report, idle=idle))
@@ -182,7 +183,7 @@ class ActiveTurn:
         """Notice a cache that was lost, and note what the decoder holds now."""
         if self.decoder is None or not facts.prompt_tokens:
             return
-        before = self._kit.registry.view(self.ref, now_ms=self._kit.now_ms()).served
+        before = self._kit.registry.served_of(self.ref)
         stayed = self.lease is not None and not self.first_turn and not self.migrated
         if stayed and before is not None and before.decoder == self.decoder and self._misses_cache(facts, before):
             self.lost("cache_lost")
@@ -227,8 +228,7 @@ class ActiveTurn:
     def _token(self) -> str:
         """The newest token of the lease: the broker may have sent a fresh one."""
         assert self.lease is not None
-        view = self._kit.registry.view(self.ref, now_ms=self._kit.now_ms())
-        newest = view.grant
+        newest = self._kit.registry.grant_of(self.ref)
         return newest.token if newest is not None and newest.lease_id == self.lease.lease_id else self.lease.token
 
     def _report(self, facts: TurnFacts, failure: str, *, now_us: int) -> TurnFinishedReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -36,6 +36,8 @@ BROKEN = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteP
 UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout)
 REACHING = {httpx2.PoolTimeout: "pool", httpx2.ConnectTimeout: "connect", httpx2.WriteTimeout: "write"}
 """Too late before the engine had the whole request, and which limit says so."""
+
+_SESSION, _REQUEST_ID, _LEASE = (name.encode("ascii") for name in (HEADER_SESSION, REQUEST_ID, HEADER_LEASE))
 
 
 class DecoderDown(Exception):  # noqa: N818 -- says what happened
@@ -70,8 +72,17 @@ class Legs:
     """Sends the requests of one turn."""
 
     def __init__(
-        self, kit: TurnKit, *, turn: ActiveTurn, original: httpx2.Request, body: TurnBody, budget: Budget, path: str
+        self,
+        kit: TurnKit,
+        *,
+        turn: ActiveTurn,
+        original: httpx2.Request,
+        kept: Sequence[tuple[bytes, bytes]],
+        body: TurnBody,
+        budget: Budget,
+        path: str,
     ) -> None:
+        self._kept = kept
         self._kit = kit
         self._turn = turn
         self._original = original
@@ -245,15 +256,16 @@ class Legs:
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
         request_id = self._kit.new_request_id()
-        headers = {HEADER_SESSION: session, REQUEST_ID: request_id}
+        headers = [(_SESSION, session.encode("ascii")), (_REQUEST_ID, request_id.encode("ascii"))]
         if turn.lease is not None:
-            headers[HEADER_LEASE] = turn.lease.token
+            headers.append((_LEASE, turn.lease.token.encode("ascii")))
         target = engine_target(engine.url, self._path, query=self._original.url.query)
         request = engine_request(
             self._original,
             target=target,
             content=content,
             timeout=self._budget.hop(at_most_ms=at_most_ms, reach_ms=reach_ms),
+            kept=self._kept,
             headers=headers,
         )
         return EngineRequest(request, target.text, request_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import httpx2
@@ -39,10 +39,32 @@ _REPLACED = frozenset(
 )
 
 
-def trace_of(headers: httpx2.Headers) -> dict[str, str]:
-    """The application's own trace context, by lower-case name."""
-    names = {name.lower() for name, _ in headers.raw}
-    return {name: headers[name] for name in TRACE_HEADERS if name.encode("ascii") in names}
+class Incoming(NamedTuple):
+    """What an application's headers hold.
+
+    Attributes:
+        kept: the ones that go along to an engine: neither ConServe's own nor those that speak of the connection.
+        trace: its trace context, by lower-case name.
+    """
+
+    kept: list[tuple[bytes, bytes]]
+    trace: dict[str, str]
+
+
+def read_headers(headers: httpx2.Headers) -> Incoming:
+    """Look through the headers of a request, once."""
+    raw = headers.raw
+    kept, traced = _sorted_names(tuple([name for name, _ in raw]))
+    return Incoming([raw[place] for place in kept], {name: headers[name] for name in traced})
+
+
+@functools.lru_cache(maxsize=1_024)  # a client sends the same names with every request
+def _sorted_names(names: tuple[bytes, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    lower = [name.lower() for name in names]
+    kept = [
+        place for place, name in enumerate(lower) if name not in _REPLACED and not name.startswith(_INTERNAL_PREFIX)
+    ]
+    return tuple(kept), tuple(name for name in TRACE_HEADERS if name.encode("ascii") in lower)
 
 
 class Target(NamedTuple):
@@ -71,25 +93,21 @@ def engine_request(
     target: Target,
     content: bytes,
     timeout: dict[str, float | None],
-    headers: Mapping[str, str],
+    kept: Sequence[tuple[bytes, bytes]],
+    headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> httpx2.Request:
     """Build the request for an engine out of the application's.
 
-    The application's headers go along, except those that speak of the connection and all that ConServe uses
-    internally; `headers` are set on top. They are put together here, because httpx2 looks through all of them for each
+    Its headers that are `kept` (`read_headers`) go along, and `headers` are set on top. They are put together here, because httpx2 looks through all of them for each
     one that it would add.
     """
-    replaced = _REPLACED.union(name.lower().encode("ascii") for name in headers)
+    replaced = frozenset([name.lower() for name, _ in headers])
     sent = [(b"Host", target.host)]
-    sent += [
-        pair
-        for pair in original.headers.raw
-        if (lower := pair[0].lower()) not in replaced and not lower.startswith(_INTERNAL_PREFIX)
-    ]
+    sent += [pair for pair in kept if pair[0].lower() not in replaced] if replaced else kept
     sent.append((b"Accept-Encoding", b"identity"))
     if content or original.method in _WITH_BODY:
         sent.append((b"Content-Length", b"%d" % len(content)))
-    sent += [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]
+    sent += headers
     request = httpx2.Request(
         original.method,
         target.url,
