@@ -51,7 +51,9 @@ EVENTS = (RUNS | st.lists(ENCODED, max_size=3)).map(lambda payloads: [b"data: " 
 ODDITIES = st.sampled_from(
     [b": ping\n\n", b"event: x\n", b"data: [DONE]\n\n", b"data: {\n\n", b"data: 1\n\n", b'data: {"id":"c","choices"']
 )
-STREAMS = st.lists(EVENTS | ODDITIES.map(lambda odd: [odd]), max_size=6).map(lambda parts: sum(parts, []))
+STREAMS = st.lists(EVENTS | ODDITIES.map(lambda odd: [odd]), max_size=6).map(
+    lambda parts: [each for part in parts for each in part]
+)
 KINDS = st.sampled_from(list(Kind))
 
 
