@@ -17,7 +17,7 @@ __all__ = [
     "Target",
     "engine_request",
     "engine_target",
-    "trace_of",
+    "read_headers",
 ]
 
 HEADER_LEASE = "X-ConServe-Lease"
@@ -98,8 +98,8 @@ def engine_request(
 ) -> httpx2.Request:
     """Build the request for an engine out of the application's.
 
-    Its headers that are `kept` (`read_headers`) go along, and `headers` are set on top. They are put together here, because httpx2 looks through all of them for each
-    one that it would add.
+    Its headers that are `kept` (`read_headers`) go along, and `headers` are set on top. They are put together here,
+    because httpx2 looks through all of them for each one that it would add.
     """
     replaced = frozenset([name.lower() for name, _ in headers])
     sent = [(b"Host", target.host)]
