@@ -30,6 +30,7 @@ class Arm:
         inside: the context of one conversation's calls.
         options: further options of its calls.
         settle: ends what the arm still does in the background, so that it costs the arm and not the next one.
+        leave: ends a conversation, after it was measured: engines full of finished ones would take no new one.
         other_cpu_s: CPU seconds of processes that serve this arm alone.
     """
 
@@ -40,6 +41,7 @@ class Arm:
     inside: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
     options: Callable[[str], dict[str, Any]] = lambda _: {}
     settle: Callable[[], object] = lambda: None
+    leave: Callable[[str], object] = lambda _: None
     other_cpu_s: Callable[[], float] = lambda: 0.0
 
 
@@ -51,7 +53,10 @@ def bare_arm(decoder_url: str) -> Arm:
 def sdk_arm(conserve: ConServe) -> Arm:
     """The same client with its completions by lease."""
     return replace(
-        _blocking("conserve_sdk", conserve.openai_client(max_retries=0)), inside=conversation, settle=conserve.flush
+        _blocking("conserve_sdk", conserve.openai_client(max_retries=0)),
+        inside=conversation,
+        settle=conserve.flush,
+        leave=conserve.release,
     )
 
 

@@ -63,6 +63,7 @@ def play(arm: Arm, load: Load, *, number: int) -> Block:
         arm.settle()
     block.cpu_us_per_turn = (time.process_time_ns() - cpu_ns) / 1000 / load.turns
     block.other_cpu_us_per_turn = (arm.other_cpu_s() - other_s) * 1_000_000 / load.turns
+    arm.leave(name)
     return block
 
 
