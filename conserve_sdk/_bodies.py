@@ -8,6 +8,7 @@ looking: a prompt of other tokens answers with wrong text, a longer one ends the
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -18,11 +19,15 @@ from conserve_sdk._kind import Kind
 
 __all__ = [
     "BadBody",
+    "JsonObject",
     "TurnBody",
     "decode_leg",
     "kind_of",
+    "local_because",
     "prefill_leg",
     "read_body",
+    "refers_to_media",
+    "turn_body",
     "wire_path",
     "without_transfer",
 ]
@@ -65,18 +70,28 @@ class TurnBody:
 
     Attributes:
         raw: the bytes to forward: the application's own, unless something had to be taken out.
-        data: the same as a JSON object.
+        options: the same as a JSON object; without its messages where those were not read anew. Not to be changed.
+        whole: whether the messages are among the options.
         stripped: True when the application had put transfer params into the request; they were taken out.
         local_because: why this body must not travel with transferred KV; empty when it may.
     """
 
     kind: Kind
     raw: bytes
-    data: JsonObject
+    options: JsonObject
     model: str
     stream: bool
     stripped: bool
     local_because: str
+    whole: bool = True
+
+    @property
+    def data(self) -> JsonObject:
+        """All of it as a JSON object; parsed when it is asked for, where only the options were read."""
+        if self.whole:
+            return self.options
+        data: JsonObject = json.loads(self.raw)
+        return data
 
 
 def kind_of(method: str, path: str) -> Kind | None:
@@ -112,6 +127,15 @@ def read_body(kind: Kind, raw: bytes) -> TurnBody:
         raise BadBody(f"the request body is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise BadBody("the request body must be a JSON object")
+    return turn_body(kind, raw, data)
+
+
+def turn_body(kind: Kind, raw: bytes, data: JsonObject) -> TurnBody:
+    """Make a turn of a parsed body; takes out of `data` what an application must not send.
+
+    Raises:
+        BadBody: no model.
+    """
     model = data.get("model")
     if not isinstance(model, str) or not model:
         raise BadBody("the request body must name its 'model'")
@@ -121,11 +145,11 @@ def read_body(kind: Kind, raw: bytes) -> TurnBody:
     return TurnBody(
         kind=kind,
         raw=_dump(data) if stripped or not _spliceable(raw) else raw,
-        data=data,
+        options=data,
         model=model,
         stream=bool(data.get("stream")),
         stripped=stripped,
-        local_because=_local_because(kind, data),
+        local_because=local_because(kind, data),
     )
 
 
@@ -157,7 +181,8 @@ def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
     head = body.raw.index(b"{") + 1
     rest = body.raw[head:].lstrip()
     comma = b"" if rest.startswith(b"}") else b","
-    return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), _dump(params), comma, rest)
+    written = _dump_flags(tuple(params.items())) if len(params) == 1 else _dump(params)
+    return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), written, comma, rest)
 
 
 def without_transfer(raw: bytes) -> bytes:
@@ -197,8 +222,11 @@ def _spliceable(raw: bytes) -> bool:
     return raw.lstrip()[:1] == b"{" and b"\x00" not in raw[:4]
 
 
-def _local_because(kind: Kind, data: JsonObject) -> str:
-    """Requests that reach the engine as several sequences would use one set of transfer params several times."""
+def local_because(kind: Kind, data: JsonObject) -> str:
+    """Why a body must not travel with transferred KV; empty when it may.
+
+    Requests that reach the engine as several sequences would use one set of transfer params several times.
+    """
     reasons = {
         "several_choices": _above_one(data.get("n")) or _above_one(data.get("best_of")),
         "beam_search": data.get("use_beam_search"),
@@ -213,12 +241,12 @@ def _local_because(kind: Kind, data: JsonObject) -> str:
         "truncated_prompt": data.get("truncate_prompt_tokens") is not None
         or data.get("truncation") not in (None, "disabled"),
         # Each engine would fetch it for itself, and nothing says that both get the same.
-        "remote_media": _has_remote_media(data.get("messages")) or _has_remote_media(data.get("input")),
+        "remote_media": refers_to_media(data.get("messages")) or refers_to_media(data.get("input")),
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 
 
-def _has_remote_media(items: object) -> bool:
+def refers_to_media(items: object) -> bool:
     """Whether a message refers to an image, a sound, a video or a file by address instead of holding it."""
     contents = [item.get("content") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
@@ -238,3 +266,9 @@ def _several_prompts(prompt: object) -> bool:
 def _dump(data: Mapping[str, Any]) -> bytes:
     # ASCII only: a lone surrogate survives the round trip as an escape and cannot be encoded otherwise.
     return json.dumps(data, separators=(",", ":")).encode("ascii")
+
+
+@functools.lru_cache(maxsize=16)
+def _dump_flags(params: tuple[tuple[str, Any], ...]) -> bytes:
+    """The same of what is sent with every turn."""
+    return _dump(dict(params))

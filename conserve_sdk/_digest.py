@@ -16,7 +16,7 @@ from typing import Any
 
 from conserve_sdk._kind import Kind
 
-__all__ = ["Head", "PromptDigest", "digest_prompt", "is_models_own"]
+__all__ = ["Head", "PromptDigest", "digest_prompt", "extend_digest", "has_preamble", "is_models_own"]
 
 DIGEST_BYTES = 16
 BLOCK_BYTES = 1024
@@ -82,6 +82,7 @@ class PromptDigest:
         sizes: text bytes up to and including each item, ascending. Media (images, audio) count nothing.
         raw: bytes of a prompt string, needed to compare tails of other prompts with it; empty for chains of messages.
         roles: of the messages (the type of an item without a role), cut to a few characters; empty for prompt strings.
+        opened: whether there is a message that is not the system's.
     """
 
     kind: Kind
@@ -90,6 +91,7 @@ class PromptDigest:
     sizes: tuple[int, ...]
     raw: bytes = b""
     roles: tuple[str, ...] = ()
+    opened: bool = True
 
     def __repr__(self) -> str:
         return f"PromptDigest(kind={self.kind.value!r}, items={self.items}, text_bytes={self.text_bytes})"
@@ -113,8 +115,11 @@ class PromptDigest:
 
         What the model wrote is in its decoder's cache already.
         """
-        own = (number for number in range(max(items, 1), len(self.roles) + 1) if is_models_own(self.roles[number - 1]))
-        return self.bytes_beyond(items) - sum(self.sizes[number] - self.sizes[number - 1] for number in own)
+        appended = self.bytes_beyond(items)
+        for number in range(max(items, 1), len(self.roles) + 1):
+            if is_models_own(self.roles[number - 1]):
+                appended -= self.sizes[number] - self.sizes[number - 1]
+        return appended
 
     @property
     def prefix_key(self) -> str | None:
@@ -145,6 +150,8 @@ class PromptDigest:
 
     def shared_items(self, head: Head) -> int:
         """Return how many leading items this prompt shares with the one that ended in `head`."""
+        if not self.head.tail_bytes and self.head.chain.startswith(head.chain):
+            return len(head.chain) // DIGEST_BYTES
         low, high = 0, min(len(head.chain), len(self.head.chain)) // DIGEST_BYTES
         while low < high:  # the first item that differs makes all later digests differ
             middle = (low + high + 1) // 2
@@ -171,10 +178,26 @@ def digest_prompt(kind: Kind, body: Mapping[str, Any]) -> PromptDigest:
     return _digest_items(kind, body, messages if isinstance(messages, list) else [messages])
 
 
+def extend_digest(known: PromptDigest, added: Sequence[Any]) -> PromptDigest:
+    """The digest of a prompt of messages with more of them at its end."""
+    return _extended(known, _input_items(added) if known.kind is Kind.RESPONSES else added)
+
+
+def has_preamble(known: PromptDigest, body: Mapping[str, Any]) -> bool:
+    """Tell whether a prompt of messages has the preamble of this body."""
+    return _digest(_preamble(known.kind, body)) == known.link(0)
+
+
 def _digest_items(kind: Kind, body: Mapping[str, Any], messages: Sequence[Any]) -> PromptDigest:
     preamble = _preamble(kind, body)
-    link = _digest(preamble)
-    chain, sizes, marks = [link], [len(preamble)], []
+    head = Head(chain=_digest(preamble), tail_bytes=0, tail=b"")
+    empty = PromptDigest(kind=kind, head=head, opening_items=1, sizes=(len(preamble),), opened=False)
+    return _extended(empty, messages)
+
+
+def _extended(known: PromptDigest, messages: Sequence[Any]) -> PromptDigest:
+    link, size = known.head.last_link, known.text_bytes
+    chain, sizes, marks = [known.head.chain], [], [*known.head.marks]
     marked_from = len(messages) - MARKS
     for number, message in enumerate(messages):
         text = _canonical(message)
@@ -182,13 +205,16 @@ def _digest_items(kind: Kind, body: Mapping[str, Any], messages: Sequence[Any]) 
             marks.append(_mark(text))
         link = _roll(link, text)
         chain.append(link)
-        sizes.append(sizes[-1] + len(text) - _media_bytes(message))
+        size += len(text) - _media_bytes(message)
+        sizes.append(size)
+    leading = known.opening_items if known.opened else known.opening_items + _opening_items(messages)
     return PromptDigest(
-        kind=kind,
-        head=Head(chain=b"".join(chain), tail_bytes=0, tail=b"", marks=tuple(marks)),
-        opening_items=_opening_items(messages),
-        sizes=tuple(sizes),
-        roles=tuple(_role_of(message) for message in messages),
+        kind=known.kind,
+        head=Head(chain=b"".join(chain), tail_bytes=0, tail=b"", marks=tuple(marks[-MARKS:])),
+        opening_items=leading,
+        sizes=(*known.sizes, *sizes),
+        roles=(*known.roles, *(_role_of(message) for message in messages)),
+        opened=known.opened or not all(_is_leading(message) for message in messages),
     )
 
 
@@ -248,12 +274,17 @@ def is_models_own(role: str) -> bool:
 
 
 def _opening_items(messages: Iterable[Any]) -> int:
-    count = 1
+    """Messages up to and including the first one that is not the system's."""
+    count = 0
     for message in messages:
         count += 1
-        if not (isinstance(message, Mapping) and message.get("role") in _LEADING_ROLES):
+        if not _is_leading(message):
             break
     return count
+
+
+def _is_leading(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") in _LEADING_ROLES
 
 
 def _media_bytes(message: Any) -> int:

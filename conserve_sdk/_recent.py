@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from contextvars import ContextVar
 
 from conserve_sdk.identity import current_tally
-from conserve_sdk.telemetry import HopEnd, HopStart, Tally, TurnRecord, TurnStart
+from conserve_sdk.telemetry import Tally, TurnRecord, TurnStart
+from conserve_sdk.telemetry._observer import EndWatch
 
 __all__ = ["ContextFollower", "last_turn"]
 
@@ -15,18 +15,12 @@ class _Process:
     last: TurnRecord | None = None
 
 
-class _Slot:
+class _Slot(EndWatch):
     """The newest turn of a context: until it ends, the one before it counts."""
 
     def __init__(self, *, before: TurnRecord | None, tally: Tally | None) -> None:
         self.record = before
         self._tally = tally
-
-    def begin_hop(self, hop: HopStart, headers: MutableMapping[str, str], /) -> None:
-        """Nothing to note."""
-
-    def end_hop(self, hop: HopEnd, /) -> None:
-        """Nothing to note."""
 
     def end(self, record: TurnRecord, /, *, at_us: int) -> None:  # noqa: ARG002 -- the protocol's
         """Note the turn."""

@@ -74,6 +74,18 @@ class LeaseRegistry:
             entry = self._entries.get(ref)
             return _snapshot(entry, now_ms) if entry else LeaseView(ref=ref)
 
+    def grant_of(self, ref: LeaseRef) -> LeaseGrant | None:
+        """Return the newest grant of the entry, live or not."""
+        with self._lock:
+            entry = self._entries.get(ref)
+            return entry.grant if entry else None
+
+    def served_of(self, ref: LeaseRef) -> ServedTurn | None:
+        """Return the newest turn of the entry whose engine gave its usage."""
+        with self._lock:
+            entry = self._entries.get(ref)
+            return entry.served if entry else None
+
     def views(self, conversation: ConversationId, *, now_ms: int) -> tuple[LeaseView, ...]:
         """Return snapshots of all entries of a conversation, the oldest first."""
         with self._lock:

@@ -6,11 +6,12 @@ It is fed the bytes that the application gets and changes none of them. Pure: in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from conserve_sdk._kind import Kind
+from conserve_sdk._stencil import Stencil, cut_stencil
 from conserve_sdk.telemetry import TBT_SAMPLES_MAX
 
 __all__ = ["TurnFacts", "TurnTracker"]
@@ -20,6 +21,8 @@ _BODY_BYTES_MAX = 32_000_000
 _EVENT_BYTES_MAX = 8_000_000
 """A single event above this ends the reading (not the stream)."""
 _TOOL_NAMES_MAX = 64
+_STENCILS_MAX = 8
+"""Tries per stream to know its events by their bytes: one for the reasoning, one for the text, one for each call."""
 _TOOL_ITEM_TYPES = frozenset({"function_call", "custom_tool_call", "mcp_call"})
 _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call")
 _FINAL_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -79,6 +82,8 @@ class TurnTracker:
         self._streamed = streamed
         self._buffer = bytearray()
         self._deaf = False
+        self._stencil: Stencil | None = None
+        self._stencils_left = _STENCILS_MAX if streamed and kind is not Kind.RESPONSES else 0
         self._last_us: int | None = None
         self._first_us: int | None = None
         self._gaps: list[int] = []
@@ -103,6 +108,9 @@ class TurnTracker:
 
     def feed(self, chunk: bytes, *, now_us: int) -> None:
         """Look at bytes that arrived at `now_us`."""
+        if self._stencil is not None and not self._buffer and self._stencil.fits(chunk):
+            self._token(now_us)
+            return
         if self._deaf or not chunk:
             return
         if not self._streamed:
@@ -111,11 +119,14 @@ class TurnTracker:
             self._buffer += chunk
             self._deaf = len(self._buffer) > _BODY_BYTES_MAX
             return
+        whole = not self._buffer
         self._buffer += chunk
-        for payload in self._events():
-            self._event(payload, now_us)
+        payloads = self._events()
+        events = [self._event(payload, now_us) for payload in payloads]
+        if whole and self._stencils_left and len(events) == 1 and events[0] is not None and not self._buffer:
+            self._cut_stencil(chunk, events[0])
         if len(self._buffer) > _EVENT_BYTES_MAX:
-            self._deaf = True
+            self._deaf, self._stencil = True, None
             self._buffer.clear()
 
     def end(self) -> None:
@@ -154,28 +165,36 @@ class TurnTracker:
 
     # ---- streams ----------------------------------------------------------------------------------------------
 
-    def _events(self) -> Iterable[bytes]:
+    def _events(self) -> list[bytes]:
         """Cut complete lines off the buffer; each `data:` line is one payload (vLLM writes one line per event)."""
         cut = self._buffer.rfind(b"\n") + 1
         if not cut:
-            return
+            return []
         lines = bytes(self._buffer[:cut]).splitlines()
         del self._buffer[:cut]
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
-    def _event(self, payload: bytes, now_us: int) -> None:
+    def _event(self, payload: bytes, now_us: int) -> dict[str, Any] | None:
+        """Read one event; returns it when there is a token in it."""
         if payload == b"[DONE]":
             self._done = True
-            return
+            return None
         data = _json_object(payload)
         if data is None:
-            return
+            return None
         self._read_error(data)
         has_token = self._read_response_event(data) if self._kind is Kind.RESPONSES else self._read_chunk(data)
-        if has_token:
-            self._token(now_us)
+        if not has_token:
+            return None
+        self._token(now_us)
+        return data
+
+    def _cut_stencil(self, chunk: bytes, data: dict[str, Any]) -> None:
+        """Take the event for a model of those that follow, if a token is all that there is in it."""
+        place = _sole_text(self._kind, data)
+        if place is not None:
+            self._stencils_left -= 1
+            self._stencil = cut_stencil(chunk, *place, data) or self._stencil
 
     def _token(self, now_us: int) -> None:
         if self._last_us is None:
@@ -249,6 +268,32 @@ class TurnTracker:
         if isinstance(error, dict):
             self._error = str(error.get("message") or error.get("type") or "error")
             self._error_status = _count(error.get("code")) or 500
+
+
+def _sole_text(kind: Kind, data: dict[str, Any]) -> tuple[dict[str, Any], str] | None:
+    """Where the text of an event stands, if the event says nothing else that is kept."""
+    choices = data.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return None
+    choice = choices[0]
+    if choice.get("finish_reason") or isinstance(data.get("usage"), dict) or isinstance(data.get("error"), dict):
+        return None
+    if kind is Kind.COMPLETIONS:
+        return (choice, "text") if _is_text(choice.get("text")) else None
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return None
+    functions = [call.get("function") for call in _objects(delta.get("tool_calls"))]
+    arguments = [function for function in functions if isinstance(function, dict)]
+    if any(function.get("name") for function in arguments):
+        return None
+    places = [(delta, name) for name in _TOKEN_FIELDS if _is_text(delta.get(name))]
+    places += [(function, "arguments") for function in arguments if _is_text(function.get("arguments"))]
+    return places[0] if places else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _json_object(payload: bytes) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.legs import DecoderDown, Legs
 from conserve_sdk._turn.placing import Place, Placing
-from conserve_sdk._turn.wire import TRACE_HEADERS
+from conserve_sdk._turn.wire import read_headers
 from conserve_sdk.core.units import ConversationId, ModelName
 
 __all__ = ["Answer", "TurnFlow"]
@@ -61,10 +61,14 @@ class TurnFlow:
         path = wire_path(original.url.path)
         ref = LeaseRef(match.conversation_id, match.lineage, ModelName(body.model))
         self._kit = kit
-        trace = {name: original.headers[name] for name in TRACE_HEADERS if name in original.headers}
-        self._turn = ActiveTurn(kit, ref=ref, match=match, digest=digest, path=path, streams=body.stream, trace=trace)
+        incoming = read_headers(original.headers)
+        self._turn = ActiveTurn(
+            kit, ref=ref, match=match, digest=digest, path=path, streams=body.stream, trace=incoming.trace
+        )
         self._placing = Placing(kit, turn=self._turn, budget=budget, may_move=not body.local_because, parent=parent)
-        self._legs = Legs(kit, turn=self._turn, original=original, body=body, budget=budget, path=path)
+        self._legs = Legs(
+            kit, turn=self._turn, original=original, kept=incoming.kept, body=body, budget=budget, path=path
+        )
 
     def run(self) -> Flow[Answer]:
         """Up to the first bytes of the answer; whoever reads the rest calls `turn.finish`."""

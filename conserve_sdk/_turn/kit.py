@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from conserve_sdk._lineage import LineageBook
+from conserve_sdk._prompts import PromptReader
 from conserve_sdk._recent import ContextFollower
 from conserve_sdk._registry import LeaseRef, LeaseRegistry
 from conserve_sdk._reporter import Reporter
@@ -62,6 +63,7 @@ class TurnKit:
     stats: StatsBook = field(default_factory=StatsBook)
     planner: TurnPlanner = field(default_factory=LeasePlanner)
     options: TurnOptions = field(default_factory=TurnOptions)
+    prompts: PromptReader = field(default_factory=PromptReader)
     _running: Counter[LeaseRef] = field(default_factory=Counter)
     _sent: Counter[LeaseRef] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,7 +76,7 @@ class TurnKit:
 
     def new_request_id(self) -> str:
         """An id for one request to an engine, never used before."""
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
 
     def turn_begins(self, ref: LeaseRef) -> None:
         """Count a running turn of a lineage."""
@@ -86,12 +88,14 @@ class TurnKit:
         with self._lock:
             self._sent[ref] += 1
 
-    def turn_ends(self, ref: LeaseRef, *, sent: bool) -> bool:
-        """Count it out again; True when no other turn of the lineage is running.
+    def turn_ends(self, ref: LeaseRef, *, sent: bool, tell: Callable[[bool], None]) -> None:
+        """Count it out again.
 
         Args:
             ref: the lineage.
             sent: whether `turn_sent` was called for it.
+            tell: called with whether no other turn of the lineage is running, before the next turn is counted out: of
+                turns that end at once, the last one to be told about is the one that left the lineage idle.
         """
         with self._lock:
             self._sent[ref] -= sent
@@ -101,7 +105,7 @@ class TurnKit:
             idle = self._running[ref] <= 0
             if idle:
                 del self._running[ref]
-        return idle
+            tell(idle)
 
     def is_answering(self, ref: LeaseRef) -> bool:
         """Whether a turn of the lineage is at its engines."""

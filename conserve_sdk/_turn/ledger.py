@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import httpx2
 
+from conserve_sdk._kind import Kind
 from conserve_sdk._lineage import LineageMatch, PromptDigest, Rewrite
 from conserve_sdk._registry import LeaseRef, ServedTurn
 from conserve_sdk._tracker import TurnFacts, TurnTracker
@@ -174,15 +175,14 @@ class ActiveTurn:
             self.lost("transfer_failed")
         if not failure:
             self._account_for_cache(facts)
-        idle = self._kit.turn_ends(self.ref, sent=self._sent)
         goes_on = bool(failure) or facts.calls_tools
         self._kit.registry.end_turn(
             self.ref, now_ms=now_us // 1000, loop_goes_on=goes_on, waits_for_tools=facts.calls_tools
         )
-        if facts.response_id and not failure:
+        if facts.response_id and not failure and self.digest.kind is Kind.RESPONSES:  # nobody names another's
             self._kit.book.commit(self.match, self.digest, response_id=facts.response_id)
-        if self.lease is not None:
-            self._submit(self._report(facts, failure, now_us=now_us, idle=idle))
+        report = None if self.lease is None else self._report(facts, failure, now_us=now_us)
+        self._kit.turn_ends(self.ref, sent=self._sent, tell=lambda idle: self._tell_end(report, idle=idle))
         if failure == STREAM_DROPPED and self.status and self.decoder is not None:
             self.engine_failed(self.decoder, phase="decode", detail=f"{type(error).__name__}: {error}")
         self.watch.end(self._record(facts, failure, now_us=now_us))
@@ -191,7 +191,7 @@ class ActiveTurn:
         """Notice a cache that was lost, and note what the decoder holds now."""
         if self.decoder is None or not facts.prompt_tokens:
             return
-        before = self._kit.registry.view(self.ref, now_ms=self._kit.now_ms()).served
+        before = self._kit.registry.served_of(self.ref)
         stayed = self.lease is not None and not self.first_turn and not self.migrated
         if stayed and before is not None and before.decoder == self.decoder and self._misses_cache(facts, before):
             self.lost("cache_lost")
@@ -204,6 +204,10 @@ class ActiveTurn:
         shared_tokens = facts.prompt_tokens * known_bytes // max(self.digest.text_bytes, 1)
         left_tokens = before.prompt_tokens if self.match.continued else min(before.prompt_tokens, shared_tokens)
         return facts.says_cached and 2 * facts.cached_tokens < left_tokens - BLOCK_TOKENS_MAX
+
+    def _tell_end(self, report: TurnFinishedReport | None, *, idle: bool) -> None:
+        if report is not None:
+            self._submit(report if idle else report.model_copy(update={"idle": False}))
 
     # ---- what is told -----------------------------------------------------------------------------------------
 
@@ -232,11 +236,10 @@ class ActiveTurn:
     def _token(self) -> str:
         """The newest token of the lease: the broker may have sent a fresh one."""
         assert self.lease is not None
-        view = self._kit.registry.view(self.ref, now_ms=self._kit.now_ms())
-        newest = view.grant
+        newest = self._kit.registry.grant_of(self.ref)
         return newest.token if newest is not None and newest.lease_id == self.lease.lease_id else self.lease.token
 
-    def _report(self, facts: TurnFacts, failure: str, *, now_us: int, idle: bool) -> TurnFinishedReport:
+    def _report(self, facts: TurnFacts, failure: str, *, now_us: int) -> TurnFinishedReport:
         ttft_ms = self._ttft_ms(facts) or 0
         # An answer that comes at once says nothing about the time to its first token, and one that a prefill was
         # tried for in vain nothing about the decoder's share of it.
@@ -256,7 +259,6 @@ class ActiveTurn:
             duration_ms=self._span_ms(now_us - self._arrived_us),
             finish_reason=facts.finish_reason[:64],
             tool_names=tuple(name[:128] for name in facts.tool_names),
-            idle=idle,
             error=failure[:200],
         )
 

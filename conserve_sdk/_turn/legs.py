@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -15,11 +15,11 @@ from conserve_sdk._kv_params import HOLD, PREFILL, TransferRefused, TransferTick
 from conserve_sdk._tracker import TurnTracker
 from conserve_sdk._turn.budget import REACH_PHASES, Budget
 from conserve_sdk._turn.effects import Discard, Flow, Opened
-from conserve_sdk._turn.hops import REQUEST_ID, fetch_watched, open_watched
+from conserve_sdk._turn.hops import REQUEST_ID, EngineRequest, fetch_watched, open_watched
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.placing import Place
-from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request, key_header
+from conserve_sdk._turn.wire import HEADER_LEASE, SESSION_CHARS_MAX, engine_request, engine_target, key_header
 from conserve_sdk.identity import HEADER_SESSION
 from conserve_sdk.protocol import Binding
 
@@ -36,6 +36,8 @@ BROKEN = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteP
 UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout)
 REACHING = {httpx2.PoolTimeout: "pool", httpx2.ConnectTimeout: "connect", httpx2.WriteTimeout: "write"}
 """Too late before the engine had the whole request, and which limit says so."""
+
+_SESSION, _REQUEST_ID, _LEASE = (name.encode("ascii") for name in (HEADER_SESSION, REQUEST_ID, HEADER_LEASE))
 
 
 class DecoderDown(Exception):  # noqa: N818 -- says what happened
@@ -70,8 +72,17 @@ class Legs:
     """Sends the requests of one turn."""
 
     def __init__(
-        self, kit: TurnKit, *, turn: ActiveTurn, original: httpx2.Request, body: TurnBody, budget: Budget, path: str
+        self,
+        kit: TurnKit,
+        *,
+        turn: ActiveTurn,
+        original: httpx2.Request,
+        kept: Sequence[tuple[bytes, bytes]],
+        body: TurnBody,
+        budget: Budget,
+        path: str,
     ) -> None:
+        self._kept = kept
         self._kit = kit
         self._turn = turn
         self._original = original
@@ -228,7 +239,7 @@ class Legs:
         turn.held = bool(params and params.get("do_remote_decode"))
         request = self._request(place.plan.decoder, decode_leg(self._body, params), reach_ms=reach_ms)
         opened = yield from open_watched(turn, place.plan.decoder, request)
-        streamed = opened.response.headers.get("content-type", "").startswith("text/event-stream")
+        streamed = _is_event_stream(opened.response)
         turn.tracker = TurnTracker(self._body.kind, streamed=streamed)
         turn.streamed = streamed
         turn.status = opened.response.status_code
@@ -240,21 +251,28 @@ class Legs:
 
     def _request(
         self, engine: Binding, content: bytes, *, at_most_ms: int | None = None, reach_ms: int | None = None
-    ) -> httpx2.Request:
+    ) -> EngineRequest:
         turn = self._turn
         turn.hops += 1
         session = f"{turn.ref.conversation_id}/{turn.ref.lineage}"[:SESSION_CHARS_MAX]
-        headers = {HEADER_SESSION: session, REQUEST_ID: self._kit.new_request_id(), **key_header(engine)}
+        request_id = self._kit.new_request_id()
+        headers = [
+            (_SESSION, session.encode("ascii")),
+            (_REQUEST_ID, request_id.encode("ascii")),
+            *key_header(engine),
+        ]
         if turn.lease is not None:
-            headers[HEADER_LEASE] = turn.lease.token
-        return engine_request(
+            headers.append((_LEASE, turn.lease.token.encode("ascii")))
+        target = engine_target(engine.url, self._path, query=self._original.url.query)
+        request = engine_request(
             self._original,
-            base=engine.url,
-            path=self._path,
+            target=target,
             content=content,
             timeout=self._budget.hop(at_most_ms=at_most_ms, reach_ms=reach_ms),
+            kept=self._kept,
             headers=headers,
         )
+        return EngineRequest(request, target.text, request_id)
 
     def _status(self, opened: Opened) -> int:
         """The answer's status; an error that opens a stream counts as the status it names."""
@@ -265,6 +283,11 @@ class Legs:
     def _spend(self, place: Place) -> None:
         assert place.lease is not None
         self._turn.spent.add(place.lease.lease_id)
+
+
+def _is_event_stream(response: httpx2.Response) -> bool:
+    types = (value for name, value in response.headers.raw if name.lower() == b"content-type")
+    return next(types, b"").startswith(b"text/event-stream")
 
 
 def _json(body: bytes) -> object:

@@ -19,6 +19,7 @@ def release_flow(kit: TurnKit, *, conversation: ConversationId) -> Flow[int]:
     """Give back every lease of a conversation and forget it; returns how many were given back."""
     grants = kit.registry.forget(conversation, now_ms=kit.now_ms())
     kit.book.forget(conversation)
+    kit.prompts.forget(conversation)
     return (yield from _release(grants))
 
 

@@ -8,7 +8,7 @@ from conserve_sdk._bodies import wire_path
 from conserve_sdk._turn.budget import Budget
 from conserve_sdk._turn.effects import Flow, Opened, list_engines, open_response
 from conserve_sdk._turn.kit import TurnKit
-from conserve_sdk._turn.wire import engine_request, key_header
+from conserve_sdk._turn.wire import engine_request, engine_target, key_header, read_headers
 from conserve_sdk.core.units import ConversationId
 from conserve_sdk.errors import EngineUnavailable
 from conserve_sdk.protocol import Binding, EngineList
@@ -35,8 +35,10 @@ def relay_flow(
         raise EngineUnavailable(
             f"no engine is ready for {original.method} {path}: see `conserve engines list`, or set fallback_engines"
         )
+    target = engine_target(engine.url, path, query=original.url.query)
+    kept = read_headers(original.headers).kept
     request = engine_request(
-        original, base=engine.url, path=path, content=content, timeout=budget.hop(), headers=key_header(engine)
+        original, target=target, content=content, timeout=budget.hop(), kept=kept, headers=key_header(engine)
     )
     return (yield from open_response(request))
 

@@ -59,6 +59,19 @@ class ConversationStats:
         return "\n".join([*_summary(self), *(_table([_HEAD, *map(_row, self.recent)]) if self.recent else ())])
 
 
+_SUMMED = (
+    "turns",
+    "errors",
+    "migrations",
+    "hops",
+    "failovers",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "lease_wait_ms",
+)
+
+
 class _Guard:
     """One lock for all sums of the process: held for microseconds, and the only one to be made anew in a fork."""
 
@@ -78,20 +91,42 @@ class Tally:
 
     def __init__(self, conversation_id: ConversationId) -> None:
         self.conversation_id = conversation_id
-        self._stats = ConversationStats(conversation_id=conversation_id)
+        self._sums = dict.fromkeys(_SUMMED, 0)
+        self._losses: dict[str, int] = {}
         self._recent: deque[TurnRecord] = deque(maxlen=RECENT_MAX)
 
     def __call__(self, record: TurnRecord, /) -> None:
         """Add a turn; one of another conversation is none of this tally's business."""
+        if record.conversation_id != self.conversation_id:
+            return
+        kept = replace(record, tbt_us=()) if record.tbt_us else record
         with _guard.lock:
-            if record.conversation_id == self.conversation_id:
-                self._recent.append(replace(record, tbt_us=()))
-                self._stats = _added(self._stats, record)
+            self._recent.append(kept)
+            self._add(record)
 
     def stats(self) -> ConversationStats:
         """The sums so far."""
         with _guard.lock:
-            return replace(self._stats, recent=tuple(self._recent))
+            return ConversationStats(
+                conversation_id=self.conversation_id,
+                losses=dict(self._losses),
+                recent=tuple(self._recent),
+                **self._sums,
+            )
+
+    def _add(self, record: TurnRecord) -> None:
+        sums = self._sums
+        sums["turns"] += 1
+        sums["errors"] += bool(record.error)
+        sums["migrations"] += record.migrated
+        sums["hops"] += record.hops
+        sums["failovers"] += record.failovers
+        sums["prompt_tokens"] += record.prompt_tokens
+        sums["cached_tokens"] += record.cached_tokens
+        sums["completion_tokens"] += record.completion_tokens
+        sums["lease_wait_ms"] += record.lease_wait_ms
+        if record.loss:
+            self._losses[record.loss] = self._losses.get(record.loss, 0) + 1
 
 
 class StatsBook:
@@ -103,7 +138,9 @@ class StatsBook:
     def __call__(self, record: TurnRecord, /) -> None:
         """Add a turn."""
         with _guard.lock:
-            tally = self._tallies.setdefault(record.conversation_id, Tally(record.conversation_id))
+            tally = self._tallies.get(record.conversation_id)
+            if tally is None:
+                tally = self._tallies[record.conversation_id] = Tally(record.conversation_id)
             self._tallies.move_to_end(record.conversation_id)
             while len(self._tallies) > CONVERSATIONS_MAX:
                 self._tallies.popitem(last=False)
@@ -114,25 +151,6 @@ class StatsBook:
         with _guard.lock:
             tally = self._tallies.get(conversation_id)
         return ConversationStats(conversation_id=conversation_id) if tally is None else tally.stats()
-
-
-def _added(stats: ConversationStats, record: TurnRecord) -> ConversationStats:
-    losses = dict(stats.losses)
-    if record.loss:
-        losses[record.loss] = losses.get(record.loss, 0) + 1
-    return replace(
-        stats,
-        turns=stats.turns + 1,
-        errors=stats.errors + bool(record.error),
-        migrations=stats.migrations + record.migrated,
-        hops=stats.hops + record.hops,
-        failovers=stats.failovers + record.failovers,
-        losses=losses,
-        prompt_tokens=stats.prompt_tokens + record.prompt_tokens,
-        cached_tokens=stats.cached_tokens + record.cached_tokens,
-        completion_tokens=stats.completion_tokens + record.completion_tokens,
-        lease_wait_ms=stats.lease_wait_ms + record.lease_wait_ms,
-    )
 
 
 _HEAD = (

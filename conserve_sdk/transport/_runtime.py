@@ -8,11 +8,11 @@ import time
 
 import httpx2
 
-from conserve_sdk._bodies import BadBody, kind_of, read_body, without_transfer
+from conserve_sdk._bodies import BadBody, kind_of, without_transfer
 from conserve_sdk._broker_client import AsyncBrokerClient, SyncBrokerClient
 from conserve_sdk._drive import AsyncPerformer, SyncPerformer
 from conserve_sdk._fork import call_in_forked_child
-from conserve_sdk._lineage import LineageBook, digest_prompt
+from conserve_sdk._lineage import LineageBook
 from conserve_sdk._registry import LeaseRegistry
 from conserve_sdk._reporter import Reporter
 from conserve_sdk._turn import Budget, Flow, LeasePlanner, Opened, TurnFlow, TurnKit, relay_flow
@@ -79,19 +79,22 @@ class Runtime:
             conversation = resolve_conversation(_naming(request.headers))
             content = without_transfer(content)
             return relay_flow(self.kit, original=request, content=content, conversation=conversation, budget=budget)
+        headers = _naming(request.headers)
+        named = resolve_conversation(headers)
         try:
-            body = read_body(kind, content)
+            read = self.kit.prompts.read(kind, content, scope=named)
         except BadBody as bad:
             return _bad_request(str(bad))
+        body, digest = read.body, read.digest
         if body.stripped:
             self.kit.warn_once("transfer_params", "took kv_transfer_params out of a request: they are made here only")
-        digest = digest_prompt(kind, body.data)
-        headers = _naming(request.headers)
+        if "prompt_cache_key" in body.options:
+            named = resolve_conversation(headers, body.options)
         match = self.kit.book.match(
-            resolve_conversation(headers, body.data),
+            named,
             digest,
             explicit_lineage=resolve_lineage(headers),
-            previous_response_id=_text(body.data.get("previous_response_id")),
+            previous_response_id=_text(body.options.get("previous_response_id")),
         )
         parent = resolve_parent(headers)
         return TurnFlow(self.kit, original=request, body=body, match=match, digest=digest, budget=budget, parent=parent)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
 
 from conserve_sdk import ConServe, conversation
 
-__all__ = ["Arm", "bare_arm", "connections_made", "router_arm", "sdk_arm"]
+__all__ = ["Arm", "async_arm", "bare_arm", "connections_made", "router_arm", "sdk_arm"]
+
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,57 +24,106 @@ class Arm:
     """One way to the engines.
 
     Attributes:
+        create: `chat.completions.create`, blocking whatever the client's colour.
+        count: runs through a streamed answer, closes it and returns how many chunks it had.
+        close: closes the client.
         inside: the context of one conversation's calls.
         options: further options of its calls.
         settle: ends what the arm still does in the background, so that it costs the arm and not the next one.
+        leave: ends a conversation, after it was measured: engines full of finished ones would take no new one.
         other_cpu_s: CPU seconds of processes that serve this arm alone.
     """
 
     name: str
-    client: openai.OpenAI
+    create: Call
+    count: Callable[[Any], int]
+    close: Callable[[], object]
     inside: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
     options: Callable[[str], dict[str, Any]] = lambda _: {}
     settle: Callable[[], object] = lambda: None
+    leave: Callable[[str], object] = lambda _: None
     other_cpu_s: Callable[[], float] = lambda: 0.0
 
 
 def bare_arm(decoder_url: str) -> Arm:
     """The client of openai itself, straight to the decoder."""
-    return Arm(name="bare openai", client=openai.OpenAI(base_url=f"{decoder_url}/v1", api_key="EMPTY", max_retries=0))
+    return _blocking("bare openai", openai.OpenAI(**_straight(decoder_url)))
 
 
 def sdk_arm(conserve: ConServe) -> Arm:
     """The same client with its completions by lease."""
-    return Arm(
-        name="conserve_sdk",
-        client=conserve.openai_client(max_retries=0),
+    return replace(
+        _blocking("conserve_sdk", conserve.openai_client(max_retries=0)),
         inside=conversation,
         settle=conserve.flush,
+        leave=conserve.release,
     )
 
 
 def router_arm(url: str, *, cpu_s: Callable[[], float]) -> Arm:
     """The same client through vllm-router, with the header its sticky policy goes by."""
-    return Arm(
-        name="vllm-router",
-        client=openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0),
-        options=lambda name: {"extra_headers": {"X-Session-ID": name}},
-        other_cpu_s=cpu_s,
+    return replace(_blocking("vllm-router", openai.OpenAI(**_straight(url))), options=_named, other_cpu_s=cpu_s)
+
+
+def async_arm(arm: Arm, loop: asyncio.AbstractEventLoop, *, url: str = "", conserve: ConServe | None = None) -> Arm:
+    """The async twin of an arm.
+
+    Args:
+        arm: the blocking one.
+        loop: each call runs in it until it is answered.
+        url: of a decoder or a router, where the arm is not the SDK's.
+        conserve: of the SDK's arm.
+    """
+    made = conserve.async_openai_client(max_retries=0) if conserve else openai.AsyncOpenAI(**_straight(url))
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return loop.run_until_complete(loop.create_task(coroutine))
+
+    async def count(answer: openai.AsyncStream[object]) -> int:
+        async with answer:
+            return sum([1 async for _ in answer])
+
+    return replace(
+        arm,
+        name=f"{arm.name} async",
+        create=lambda **options: run(made.chat.completions.create(**options)),
+        count=lambda answer: run(count(answer)),
+        close=lambda: run(made.close()),
     )
+
+
+def _straight(url: str) -> dict[str, Any]:
+    return {"base_url": f"{url}/v1", "api_key": "EMPTY", "max_retries": 0}
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"extra_headers": {"X-Session-ID": name}}
+
+
+def _blocking(name: str, client: openai.OpenAI) -> Arm:
+    def count(answer: openai.Stream[object]) -> int:
+        with answer:
+            return sum(1 for _ in answer)
+
+    return Arm(name=name, create=client.chat.completions.create, count=count, close=client.close)
 
 
 @contextmanager
 def connections_made() -> Iterator[list[Any]]:
-    """Collect the addresses that blocking code of this process connects to inside the block."""
+    """Collect the addresses that this process connects an Internet socket to inside the block, in either colour."""
     made: list[Any] = []
-    real = socket.create_connection
-
-    def noting(address: Any, *args: Any, **kwargs: Any) -> socket.socket:
-        made.append(address)
-        return real(address, *args, **kwargs)
-
-    socket.create_connection = noting
+    if not _collecting:
+        sys.addaudithook(_note)  # there is no way to take one back: made once, and deaf outside the block
+    _collecting[:] = [made]
     try:
         yield made
     finally:
-        socket.create_connection = real
+        _collecting[:] = [[]]
+
+
+_collecting: list[list[Any]] = []
+
+
+def _note(event: str, args: tuple[Any, ...]) -> None:
+    if event == "socket.connect" and args[0].family in (socket.AF_INET, socket.AF_INET6):
+        _collecting[0].append(args[1])

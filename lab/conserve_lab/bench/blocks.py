@@ -63,6 +63,7 @@ def play(arm: Arm, load: Load, *, number: int) -> Block:
         arm.settle()
     block.cpu_us_per_turn = (time.process_time_ns() - cpu_ns) / 1000 / load.turns
     block.other_cpu_us_per_turn = (arm.other_cpu_s() - other_s) * 1_000_000 / load.turns
+    arm.leave(name)
     return block
 
 
@@ -72,9 +73,7 @@ def _prompt(opening: str, load: Load) -> str:
 
 def _turn(arm: Arm, load: Load, name: str, messages: list[Any]) -> float:
     started_s = time.perf_counter()
-    answer = arm.client.chat.completions.create(
-        model=load.model, messages=messages, max_tokens=load.answer_tokens, **arm.options(name)
-    )
+    answer = arm.create(model=load.model, messages=messages, max_tokens=load.answer_tokens, **arm.options(name))
     took_ms = (time.perf_counter() - started_s) * 1000
     messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
     messages.append({"role": "user", "content": "And what follows from that?"})
@@ -89,10 +88,10 @@ def stream(arm: Arm, load: Load, *, number: int) -> float:
         if not number:
             _turn(arm, load, name, messages)
         started_s = time.perf_counter()
-        with arm.client.chat.completions.create(
+        answer = arm.create(
             model=load.model, messages=messages[:1], max_tokens=load.chunks, stream=True, **arm.options(name)
-        ) as answer:
-            chunks = sum(1 for _ in answer)
+        )
+        chunks = arm.count(answer)
         return chunks / (time.perf_counter() - started_s)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conserve_lab.bench.arms import Arm, bare_arm, connections_made, router_arm, sdk_arm
+from conserve_lab.bench.arms import Arm, async_arm, bare_arm, connections_made, router_arm, sdk_arm
 from conserve_lab.bench.blocks import Block, Load, median_difference, play, spread_of, stream
 from conserve_lab.bench.router import NoRouter, router_binary, running_router
 from conserve_lab.bench.stack_process import StackProcess
@@ -78,24 +79,37 @@ def run_sdk_bench(
         engines = stack.enter_context(StackProcess(answer_tokens=(load or Load(model="", turns=0)).chunks))
         given = load or Load(model=engines.at.model, turns=turns)
         conserve = stack.enter_context(ConServe(engines.at.broker_url))
-        runs = [_Run(bare_arm(engines.at.decoder)), _Run(sdk_arm(conserve))]
+        arms = [bare_arm(engines.at.decoder), sdk_arm(conserve)]
+        loop = asyncio.new_event_loop()
+        stack.callback(loop.close)
+        stack.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
+        twins = [
+            async_arm(arms[0], loop, url=engines.at.decoder),
+            async_arm(arms[1], loop, conserve=conserve),
+        ]
         skipped = "" if peer else "not asked for"
         if peer:
             try:
                 router = stack.enter_context(running_router(router_binary(cache), engines.at))
-                runs.append(_Run(router_arm(router.url, cpu_s=router.cpu_s)))
+                arms.append(router_arm(router.url, cpu_s=router.cpu_s))
+                twins.append(async_arm(arms[2], loop, url=router.url))
             except NoRouter as reason:
                 skipped = str(reason)
                 console.print(f"vllm-router skipped: {reason}", style="yellow")
-        for run in runs:
-            stack.callback(run.arm.client.close)
+        for arm in (*arms, *twins):
+            stack.callback(arm.close)
+        runs, aruns = [_Run(arm) for arm in arms], [_Run(arm) for arm in twins]
         try:
-            _measure(runs, given, engines, blocks=blocks, streams=streams, console=console)
+            for those in (runs, aruns):
+                _measure(those, given, engines, blocks=blocks, streams=streams, console=console)
         except openai.OpenAIError as error:
             raise DemoError(f"a turn failed: {type(error).__name__}: {error}") from error
         init_ms = _init_ms(conserve)
-    found = _figures(runs, given, skipped=skipped) | {"client_init_ms": init_ms, "load": _load(given, before)}
-    console.print(_table(found))
+    found = _figures(runs, given, skipped=skipped)
+    found["async"] = _figures(aruns, given, skipped=skipped)
+    found |= {"client_init_ms": init_ms, "load": _load(given, before)}
+    console.print(_table(found, title="blocking clients", init_ms=init_ms))
+    console.print(_table(found["async"], title="async clients"))
     json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {json_path}")
     return 0
@@ -189,8 +203,8 @@ def _load(load: Load, before: tuple[float, float, float]) -> Figures:
     }
 
 
-def _table(found: Figures) -> Table:
-    table = Table(title="added to a bare openai client, medians [quartiles of the blocks]")
+def _table(found: Figures, *, title: str, init_ms: Figures | None = None) -> Table:
+    table = Table(title=f"{title}: added to a bare openai one, medians [quartiles of the blocks]")
     peer = found["peer"]
     for column in ("", "conserve_sdk", "goal", "vllm-router"):
         table.add_column(column, justify="left" if not column else "right")
@@ -199,7 +213,8 @@ def _table(found: Figures) -> Table:
         table.add_row(key, _cell(found, key), goal, _cell(peer, key))
     for key in ("added_first_turn_ms", "engine_requests_per_turn"):
         table.add_row(key, _cell(found, key), "", _cell(peer, key))
-    table.add_row("client_init_ms", str(found["client_init_ms"]["p50"]), "<= 5", "")
+    if init_ms is not None:
+        table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "")
     return table
 
 
