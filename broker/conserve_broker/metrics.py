@@ -59,17 +59,16 @@ class BrokerMetrics(Observer):
         )
         for code in DENIALS:  # there from the start, so that the first one shows as a rise
             self._denied.labels(code)
-
-    def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
-        """Export what every broker has, one that stands by included."""
-        self.registry.register(_BrokerState(role, listeners))
-
         self._requests = Counter(
             "conserve_api_key_requests",
             "Requests let in by the id of their API key; one that stands still can be taken away",
             labelnames=["key_id"],
             registry=self.registry,
         )
+
+    def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
+        """Export what every broker has, one that stands by included."""
+        self.registry.register(_BrokerState(role, listeners))
 
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from conserve_broker import tracing
+from conserve_broker.api_keys import new_key
 from conserve_broker.metrics import ROLES
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
@@ -23,12 +24,19 @@ ROW = re.compile(r"^\| `(conserve_[a-z_]+)` \| (\w+)[^|]*\| ([^|]*)\|", re.MULTI
 def page() -> Iterator[str]:
     """What a broker that has granted, refused and lost exports."""
     with EmulatedFleet(default_fleet(prefillers=1, decoders=1, time_scale=0)) as fleet:
-        tables = {"listen": {"port": 0}, "scrape": {"interval_ms": 100}, "engine": fleet.broker_engines()}
+        key = new_key(tenant="ops", scopes=("admin",), key_id="ops-1")
+        tables = {
+            "listen": {"port": 0},
+            "scrape": {"interval_ms": 100},
+            "engine": fleet.broker_engines(),
+            "access": {"keys": [key.table.model_dump()]},
+        }
         with BrokerServer(BrokerConfig.from_mapping(tables)) as server:
             server.wait_until_ready(engines=2, timeout_s=40)
             body = {"conversation_id": "c", "lineage": "l", "first_turn_input_tokens": 100}
+            bearer = {"authorization": f"Bearer {key.text}"}
             for model in ("emulated", "unknown"):
-                httpx2.post(f"{server.url}/v1/leases", json={**body, "model": model})
+                httpx2.post(f"{server.url}/v1/leases", json={**body, "model": model}, headers=bearer)
             yield httpx2.get(f"{server.url}/metrics").text
 
 

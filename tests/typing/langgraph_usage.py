@@ -34,7 +34,7 @@ def handlers(conserve: ConServe) -> None:
 
 def langgraph_wrong() -> None:
     ConServeChat(model="m").conversation_id = 3  # type: ignore[assignment]
-    ChatConServe("m")  # type: ignore[misc]
+    ChatConServe("m")  # type: ignore[call-arg]
     ConServeChat(model="m").bind_tools(3)  # type: ignore[arg-type]
     ConServeMiddleware(3)  # type: ignore[arg-type]
     ConServeMiddleware(broker_url="http://a")  # type: ignore[call-arg]
