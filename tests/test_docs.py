@@ -16,6 +16,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from conserve_broker.check import check_config
 from conserve_lab.stack import LocalStack
+from tests.support.loops import loop_for_blocking_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -56,7 +57,8 @@ def test_python_blocks_run(name: str, broker_url: str, capsys: pytest.CaptureFix
     examples = list(Sybil([CodeBlockParser("python", against_the_stack)]).parse(ROOT / name).examples())
     assert len(examples) == len(_blocks(ROOT / name, "python"))
     for example in examples:
-        example.evaluate()
+        with loop_for_blocking_runs():
+            example.evaluate()
     capsys.readouterr()
 
 

@@ -178,7 +178,9 @@ class Life:
     async def _main(self, on_started: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         if not self.gate.closed:
-            self._log.warning("broker_open", detail="no API key is configured: whoever reaches this broker may use it")
+            at_home = self._config.listen.host in ("127.0.0.1", "::1", "localhost")  # as a demo is: no news
+            tell = self._log.info if at_home else self._log.warning
+            tell("broker_open", detail="no API key is configured: whoever reaches this broker may use it")
         async with AsyncExitStack() as stack:
             stack.callback(self._listener.close)
             stack.push_async_callback(self._end)

@@ -212,7 +212,8 @@ def test_a_leader_that_was_paused_past_its_lock_does_not_grant(replicas: Replica
         assert problem(first.ask("another")).leader_url == second.url
         assert "conserve_leases_active" not in httpx2.get(f"{first.url}/metrics").text, "what it knew is out of date"
     nothing_is_lost(load, first, second)
-    assert second.metric("conserve_lease_readopted_total") == 0, "the table was warm"
+    # A release that was written, but whose answer the pause held back, leaves its caller with a token that re-adopts.
+    assert second.metric("conserve_lease_readopted_total") <= len(load.unsure), "the table was warm"
 
 
 def _asked_later(broker: BrokerProcess, name: str) -> Any:

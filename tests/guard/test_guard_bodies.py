@@ -298,11 +298,11 @@ async def test_a_good_configuration_lets_the_application_start():
 
 
 async def test_a_bad_configuration_ends_the_server_as_it_starts(monkeypatch):
-    monkeypatch.delenv("CONSERVE_GUARD_ENGINE_ID", raising=False)
+    monkeypatch.delenv("CONSERVE_GUARD_KEYS", raising=False)
     guard = LeaseGuard(Inner())
     call = await Call(guard).post([b""], kind="lifespan")
     assert call.sent[0]["type"] == "lifespan.startup.failed"
-    assert "CONSERVE_GUARD_ENGINE_ID is not set" in call.sent[0]["message"]
+    assert "CONSERVE_GUARD_KEYS is not set" in call.sent[0]["message"]
     assert (await Call(guard).post([b"{}"])).code == "guard_misconfigured"
 
 

@@ -1,8 +1,6 @@
 """Real Pydantic AI agents over a broker and emulated engines."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from uuid import uuid4
 
 import pytest
@@ -17,6 +15,7 @@ from conserve_pydantic_ai import ConServeModel, ConServeProvider
 from conserve_sdk import ConServe, conversation
 from conserve_sdk.protocol import LeaseRequest
 from conserve_sdk.telemetry import TurnCollector, TurnRecord
+from tests.support.loops import loop_for_blocking_runs
 
 from .conftest import Activity
 
@@ -139,24 +138,11 @@ async def test_a_run_that_raises_is_over(model: ConServeModel, turns: TurnCollec
         assert activity(turns.records[-1].lease_id) == "idle"
 
 
-@contextmanager
-def _loop_for_blocking_runs() -> Iterator[None]:
-    """`run_sync` makes a loop where there is none, and leaves it open."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        yield
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
-        asyncio.set_event_loop(None)
-
-
 def test_blocking_runs_in_several_event_loops(model: ConServeModel, turns: TurnCollector) -> None:
     agent = _clerk(model)
     history: list[ModelMessage] = []
     for name in "abc":
-        with _loop_for_blocking_runs():
+        with loop_for_blocking_runs():
             history = agent.run_sync(f"Look up {name}.", message_history=history).all_messages()
     asyncio.run(agent.run("And now?", message_history=history))
     _one_lease(turns.records)

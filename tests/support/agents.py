@@ -1,6 +1,7 @@
 """What the tests of agent adapters share: one broker in front of an emulated fleet, and a look into both."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx2
 import pytest
@@ -44,9 +45,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LeaseRequest]:
     requests: list[LeaseRequest] = []
     acquire = AsyncBrokerClient.acquire
 
-    async def noted(self: AsyncBrokerClient, request: LeaseRequest, *, budget_ms: int) -> LeaseGrant:
+    async def noted(self: AsyncBrokerClient, request: LeaseRequest, **how: Any) -> LeaseGrant:
         requests.append(request)
-        return await acquire(self, request, budget_ms=budget_ms)
+        return await acquire(self, request, **how)
 
     monkeypatch.setattr(AsyncBrokerClient, "acquire", noted)
     return requests

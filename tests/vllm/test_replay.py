@@ -15,8 +15,8 @@ from conserve_lab.live.replay_command import ReplayRun, run_replay
 from conserve_lab.replay import Chosen
 from conserve_lab.workloads import Conversation, Turn
 
-from .conftest import Json
 from .leased import Stage
+from .raw import Json
 
 TURNS = 3
 TRACE = tuple(
