@@ -75,6 +75,10 @@ def stage(fleet: VllmFleet, raw: RawProtocol, tmp_path: Path) -> Iterator[Stage]
 def mended(fleet: VllmFleet) -> Iterator[None]:
     """Starts again what a test killed."""
     yield
+    _mend(fleet)
+
+
+def _mend(fleet: VllmFleet) -> None:
     for engine_id in fleet.engines:
         if not fleet.is_alive(engine_id):
             fleet.restart(engine_id)
@@ -100,3 +104,4 @@ def guarded_fleet(vllm_here: None) -> Iterator[VllmFleet]:
 def leased(guarded_fleet: VllmFleet) -> Iterator[Leased]:
     with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
         yield Leased(guarded_fleet, http)
+    _mend(guarded_fleet)
