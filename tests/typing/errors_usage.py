@@ -7,6 +7,7 @@ from typing import assert_type
 import openai
 
 from conserve_sdk import (
+    AccessDenied,
     BrokerError,
     BrokerUnavailable,
     ConfigError,
@@ -20,6 +21,7 @@ from conserve_sdk import (
     LeaseLost,
     LeaseRefused,
     ProtocolError,
+    RateLimited,
     TurnTimeout,
 )
 
@@ -29,7 +31,9 @@ def told_apart(error: Exception) -> str | None:
         case LeaseRefused():
             assert_type(error.reason, str)
             assert_type(error.retry_after_ms, int)
-        case BrokerUnavailable() | ProtocolError():
+        case RateLimited():
+            assert_type(error.retry_after_ms, int)
+        case BrokerUnavailable() | ProtocolError() | AccessDenied():
             assert_type(error.code, str | None)
             as_broker: BrokerError = error
             return as_broker.broker_url
@@ -55,6 +59,8 @@ def errors_wrong(error: ConServeError) -> None:
     ConfigError("m", option="x")  # type: ignore[call-arg]
     BrokerError("m", status="503")  # type: ignore[arg-type]
     print(BrokerUnavailable("m").reason)  # type: ignore[attr-defined]
+    print(AccessDenied("m").key)  # type: ignore[attr-defined]
+    RateLimited("m", retry_after_ms="1")  # type: ignore[arg-type]
     ProtocolError("m", broker="http://a")  # type: ignore[call-arg]
     LeaseError("m", lease_id=3)  # type: ignore[arg-type]
     LeaseExpired("m", "c")  # type: ignore[call-arg]
