@@ -153,6 +153,8 @@ class Visit:
         if self.core.lease(claims.lease_id) is None:
             readopted = self._answer(claims, LeaseReadopted(now_ms=self.now_ms, lease=self._lost_lease(claims)))
             if readopted.verdict is not LeaseVerdict.OK:
+                if isinstance(event, TurnFinished):
+                    self.apply(event)  # its transfer counts, even when it is heard of after the lease
                 return readopted
         return self._answer(claims, event)
 

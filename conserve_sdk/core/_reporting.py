@@ -52,6 +52,9 @@ def turn_finished(state: State, event: TurnFinished) -> None:
     """The ledger is exact again; rates and ratios learn from the turn."""
     lease = _live(state, event.lease_id)
     if lease is None:
+        # Reports wait for company, so that a lease may have a successor before its transfer is heard of.
+        if event.migrated and state.tombstones.take_late_move(event.lease_id):
+            state.counters.migrations += 1
         return
     _learn(state, lease, event)
     # A lease moves its KV at most once, whatever is reported (invariant 2).

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from conserve_sdk.core.events import DropReason
-from conserve_sdk.core.lease import Lease, LeaseKey
+from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, TenantId
 
 
@@ -140,6 +140,7 @@ class Tombstones:
     def __init__(self, *, entries_max: int) -> None:
         self._entries_max = entries_max
         self._entries: OrderedDict[LeaseId, tuple[DropReason, LeaseKey, Ms]] = OrderedDict()
+        self._unmoved: set[LeaseId] = set()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -147,13 +148,22 @@ class Tombstones:
     def bury(self, lease: Lease, reason: DropReason, *, keep_until_ms: Ms) -> None:
         """Remember a lease that ended."""
         self._entries[lease.lease_id] = (reason, lease.key, keep_until_ms)
+        if lease.mode is Mode.MIGRATE and not lease.migrations:
+            self._unmoved.add(lease.lease_id)
         if len(self._entries) > self._entries_max:
-            self._entries.popitem(last=False)
+            self._unmoved.discard(self._entries.popitem(last=False)[0])
 
     def get(self, lease_id: LeaseId) -> tuple[DropReason, LeaseKey] | None:
         """Why the lease ended and whose it was, if still remembered."""
         entry = self._entries.get(lease_id)
         return None if entry is None else entry[:2]
+
+    def take_late_move(self, lease_id: LeaseId) -> bool:
+        """Whether a transfer that is reported only now is news; once per lease (invariant 2)."""
+        if lease_id not in self._unmoved:
+            return False
+        self._unmoved.remove(lease_id)
+        return True
 
     def prune(self, now_ms: Ms) -> None:
         """Forget, oldest first, what nobody can come with any more."""
@@ -162,3 +172,4 @@ class Tombstones:
             if now_ms < entry[2]:
                 break
             del self._entries[lease_id]
+            self._unmoved.discard(lease_id)

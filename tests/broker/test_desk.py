@@ -254,6 +254,15 @@ def test_ten_failures_make_one_new_lease(client: Client) -> None:
     assert (first.epoch, first.supersedes, first.decoder.engine_id) == (2, grant.lease_id, "d1")
 
 
+def test_a_transfer_that_is_reported_after_the_successor_counts(client: Client) -> None:
+    grant = client.grant()
+    assert client.supersede(grant).is_success
+    for _ in range(2):
+        [status] = client.report(turn(grant, migrated=True))
+        assert status.verdict == "superseded"
+    assert client.http.get("/v1/fleet").json()["migrations_total"] == 1
+
+
 def test_supersede_checks_token_and_epoch(client: Client) -> None:
     grant, other = client.grant("a"), client.grant("b")
     assert problem(client.supersede(grant, token=other.token)).code == "bad_token"

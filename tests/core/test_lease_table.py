@@ -191,3 +191,13 @@ def test_tombstones_end_with_the_last_valid_token(now_ms: int, left: int) -> Non
     tombstones.bury(lease(2), DropReason.EXPIRED, keep_until_ms=Ms(60))
     tombstones.prune(Ms(now_ms))
     assert len(tombstones) == left
+
+
+def test_a_late_move_is_news_once_while_the_tombstone_stands() -> None:
+    tombstones = Tombstones(entries_max=2)
+    for name in (1, 2, 3):
+        tombstones.bury(lease(name), DropReason.SUPERSEDED, keep_until_ms=Ms(50 if name == 2 else 60))
+    assert not tombstones.take_late_move(LeaseId("l1"))
+    assert [tombstones.take_late_move(LeaseId("l3")) for _ in range(2)] == [True, False]
+    tombstones.prune(Ms(50))
+    assert not tombstones.take_late_move(LeaseId("l2"))

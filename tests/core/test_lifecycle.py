@@ -139,6 +139,31 @@ def test_a_lease_counts_one_migration_whatever_is_reported() -> None:
     assert world.broker.counters.migrations == 1
 
 
+@pytest.mark.parametrize("already", [True, False])
+def test_a_transfer_that_is_reported_after_the_lease_counts_once(already: bool) -> None:
+    world = World()
+    lease = world.grant("c")
+    if already:
+        world.finish(lease, 1_100, migrated=True)
+    world.release(lease)
+    for _ in range(2):
+        assert answer(world.finish(lease, 1_100, migrated=True)).verdict is LeaseVerdict.UNKNOWN
+    assert world.broker.counters.migrations == 1
+
+
+def test_a_late_report_without_a_transfer_or_of_a_local_lease_counts_none() -> None:
+    world = World(fleet=engines(prefillers=0))
+    lease = world.grant("c")
+    world.release(lease)
+    world.finish(lease, 1_100, migrated=True)
+    assert world.broker.counters.migrations == 0
+    world = World()
+    lease = world.grant("c")
+    world.release(lease)
+    world.finish(lease, 1_100, migrated=False)
+    assert world.broker.counters.migrations == 0
+
+
 def test_a_local_lease_never_counts_a_migration() -> None:
     world = World(fleet=engines(prefillers=0))
     lease = world.grant("c")
