@@ -342,6 +342,16 @@ def test_a_prefiller_may_compute_it_for_the_same_decoder(directed) -> None:
     assert len(world.broker.asked) == 1
 
 
+def test_a_transfer_is_counted_though_its_lease_was_replaced_before_the_report(directed) -> None:
+    world = appending(directed)
+    world.broker.answer = "append"
+    world.turn()
+    world.turn(messages=follow_up(more="x" * 10_000))
+    assert world.broker.core.counters.migrations == 0
+    world.reports()
+    assert world.broker.core.counters.migrations == 2
+
+
 def test_the_live_lease_may_be_the_answer(directed) -> None:
     world = appending(directed)
     world.broker.answer = "stay"
