@@ -92,6 +92,12 @@ class Oracle:
     ended: dict[LeaseId, tuple[DropReason, int]] = field(default_factory=dict)
     pending: dict[RequestId, Asked] = field(default_factory=dict)
     answered: set[RequestId] = field(default_factory=set)
+    moved: set[LeaseId] = field(default_factory=set)
+    """Leases whose transfer this broker was told of, while it knew them or their tombstone."""
+    perhaps_moved: set[LeaseId] = field(default_factory=set)
+    """The same, of leases that it may have forgotten."""
+    counted_before: set[LeaseId] = field(default_factory=set)
+    """Leases whose transfer the broker counted that wrote their row or token."""
 
     # ---- following ----
 
@@ -118,6 +124,8 @@ class Oracle:
             assert lease_id not in self.ended or self._forgotten(lease_id), "what ended is not re-adopted"
             assert event.lease.expires_at_ms > self.now_ms, "4: no resurrection"
             self.ends[lease_id] = max(event.lease.expires_at_ms, self.grace_until_ms)
+            if event.lease.migrations and lease_id not in self.moved:
+                self.counted_before.add(lease_id)
 
     def _follow_engine(self, event: Event) -> None:
         match event:
@@ -164,8 +172,19 @@ class Oracle:
             case Waiting(request_id=request_id):
                 assert request_id in self.pending
 
+    def _follow_move(self, event: Event) -> None:
+        if not isinstance(event, TurnFinished) or not event.migrated:
+            return
+        lease_id = event.lease_id
+        ended = lease_id in self.ended
+        if lease_id in self.counted_before or self.first[lease_id].mode is not Mode.MIGRATE:
+            return
+        if lease_id in self.ends or ended:
+            (self.perhaps_moved if ended and self._forgotten(lease_id) else self.moved).add(lease_id)
+
     def _follow_touch(self, event: Event, decisions: list[Decision]) -> None:
         self._check_directives(decisions)
+        self._follow_move(event)
         said = [decision for decision in decisions if isinstance(decision, LeaseAnswered)]
         if not isinstance(event, Touched | LeaseParked | LeaseReleased | LeaseReadopted):
             assert said == []
@@ -208,6 +227,9 @@ class Oracle:
         self.pending.clear()
         self.ended.clear()
         self.engines.clear()
+        self.moved.clear()
+        self.perhaps_moved.clear()
+        self.counted_before = {lease_id for lease_id, lease in self.rows.items() if lease.migrations}
         self.ends = {lease_id: max(lease.expires_at_ms, self.grace_until_ms) for lease_id, lease in self.rows.items()}
         for decision in decisions:
             self._follow_decision(event, decision)
@@ -329,6 +351,8 @@ class Oracle:
         assert broker.lease_count() <= self.settings.leases_max, "9"
         assert broker.waiting() == len(self.pending) <= self.settings.queue_max, "9"
         assert broker.next_deadline_ms() == self.next_deadline_ms()
+        counted = broker.counters.migrations
+        assert len(self.moved) <= counted <= len(self.moved | self.perhaps_moved), "2: each transfer counts, once"
         self._check_nobody_waits_in_vain(broker)
 
     def _check_live(self, broker: Broker, lease: Lease) -> None:
