@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents integrations/conserve_pydantic_ai integrations/conserve_vllm lab/conserve_lab
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-third-party test-vllm check bench format clean
+.PHONY: help demo demo-vllm test test-third-party test-vllm check bench release-check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,11 +39,14 @@ test-third-party: $(STAMP)  ## the examples over LiteLLM and LlamaIndex, in a vi
 check: $(STAMP)  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(PACKAGES) tests/typing
+	$(BIN)/mypy $(PACKAGES) tests/typing .ci/release_check.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## presets beside each other on the emulated fleet; writes bench.json and bench.md
 	$(BIN)/conserve bench
+
+release-check:  ## build sdist and wheel, check their contents, and try the wheel in empty virtual environments, each extra alone
+	$(PYTHON) .ci/release_check.py
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
