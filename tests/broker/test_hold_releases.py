@@ -17,10 +17,10 @@ from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, default_fleet
 from conserve_sdk import ConServe, conversation
 from conserve_sdk._desk import Outcome
-from conserve_sdk.core.events import DropReason, LeaseDropped, TimerFired
+from conserve_sdk.core.events import DropReason, Granted, LeaseDropped, TimerFired, TurnFinished
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import Receipt
-from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, Tokens
+from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, RequestId, Tokens
 from conserve_sdk.tokens import SigningKey, TokenSigner
 from conserve_vllm import GuardSettings, LeaseGuard
 from conserve_vllm.identity import LEASED_MODULE
@@ -131,7 +131,7 @@ def test_nothing_is_held_for_a_human(stage: Stage) -> None:
 
 
 def test_a_lease_that_expires_frees_what_it_held() -> None:
-    with staged(ttl_ms=5_000) as stage:
+    with staged(ttl_ms=5_000, park_ttl_ms=5_000, grace_ms=0) as stage:
         stage.turn("a")
         stage.conserve.idle("a")
         until(lambda: stage.released()["freed"] == 1, what="the release")
@@ -142,12 +142,13 @@ def test_a_move_frees_the_old_decoder_once_its_history_was_read(stage: Stage) ->
     stage.turn("a")
     [old] = [engine_id for engine_id, held in stage.held().items() if held]
     httpx2.post(f"{stage.broker.url}/v1/engines/{old}/drain").raise_for_status()
-    stage.turn("a", more=1)
+    stage.turn("a", more=1)  # whose report is answered with the directive
+    stage.turn("a", more=2)
     until(lambda: stage.released()["freed"] == 1, what="the release")
     [new] = {"d0", "d1"} - {old}
     assert stage.held() == {old: 0, new: 1}
-    [leg] = [record for record in stage.fleet.engine(old).requests[1:] if record.kv == "hold"]
-    assert leg.cached_tokens > 250, "it was there to be read"
+    reading = [record for record in stage.fleet.engine(old).requests if record.kv == "hold"][-1]
+    assert reading.cached_tokens > 250, "it was there to be read"
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -269,6 +270,40 @@ def refused(*_: Any) -> httpx2.Response:
 )
 async def test_what_becomes_of_a_release(answer: Any, outcome: str) -> None:
     assert await Asked(answer).told(ended(lease())) == [outcome]
+
+
+@pytest.mark.parametrize("role", ["prefiller", "decoder"])
+async def test_kv_that_the_next_lease_still_reads_is_kept_until_its_first_turn_is_over(role: str) -> None:
+    asked, old = Asked((204,)), lease(1)
+    elsewhere = replace(old.decoder, engine_id=EngineId("d1"))
+    engines = {"decoder": elsewhere, "prefiller": old.decoder} if role == "prefiller" else {"decoder": old.decoder}
+    new = lease(2, supersedes=old.lease_id, **engines)
+    grant = Granted(request_id=RequestId("r"), lease=new, reused=False)
+    moved = ended(old, reason=DropReason.SUPERSEDED)
+    assert await asked.told(replace(moved, decisions=(*moved.decisions, grant))) == []
+    turn = TurnFinished(
+        now_ms=Ms(NOW_MS),
+        lease_id=new.lease_id,
+        context_tokens=Tokens(100),
+        prompt_tokens=Tokens(90),
+        prompt_bytes=400,
+        cached_tokens=Tokens(0),
+        prefill_ms=Ms(0),
+        prefill_engine_id=None,
+        migrated=True,
+    )
+    assert await asked.told(replace(moved, events=(turn,), decisions=())) == ["freed"]
+    [request] = asked.requests
+    assert str(request.url).startswith(old.decoder.url)
+
+
+async def test_kv_of_a_move_that_never_came_about_is_let_go() -> None:
+    asked, old = Asked((204,)), lease(1)
+    new = lease(2, supersedes=old.lease_id, hold_ms=Ms(0))
+    grant = Granted(request_id=RequestId("r"), lease=new, reused=False)
+    moved = ended(old, reason=DropReason.SUPERSEDED)
+    assert await asked.told(replace(moved, decisions=(grant, *moved.decisions))) == []
+    assert await asked.told(ended(new, reason=DropReason.EXPIRED)) == ["freed"]
 
 
 async def test_an_engine_that_cannot_is_asked_again_in_its_next_life() -> None:
