@@ -293,7 +293,8 @@ class EngineRegistration(_Wire):
         connector: `none` for an engine started without `--kv-transfer-config`.
         transfer_group, max_hold_ms: the broker's defaults for the connector when None.
         host_tier_tokens: KV that it can keep in host memory; 0: none.
-        incarnation: its own word for this life. For the record: leases are bound to what the broker's scrapes derive.
+        incarnation: its own word for this life, by the name that the broker's scrapes derive of it; another one than
+            before ends the leases of the life before at once.
         ttl_ms: how long this word counts.
     """
 

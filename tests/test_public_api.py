@@ -66,6 +66,7 @@ PUBLIC: dict[str, list[str]] = {
         "EngineId",
         "EngineObserved",
         "EngineRemoved",
+        "EngineRestarted",
         "EngineSpec",
         "EngineState",
         "EngineStateChanged",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from types import MappingProxyType
 
 import httpx2
 
 from conserve_broker._dial import AddressForbiddenError, AddressGuard
 from conserve_broker.metrics_page import EngineMetrics, MetricsPageError, read_page
+from conserve_sdk.protocol import LEASE_HEADER
 
 _BODY_BYTES_MAX = 16 * 1024 * 1024
 _DETAIL_CHARS_MAX = 200
@@ -82,29 +86,74 @@ def parse(page: bytes) -> EngineMetrics:
         raise EngineTrouble(f"/metrics holds a number that cannot be one: {error}") from error
 
 
+async def release_hold(transport: httpx2.AsyncBaseTransport, url: str, lease_token: str, door: Door = PLAIN) -> bool:
+    """Ask the engine's guard to end the hold of the lease that the token is of.
+
+    Returns:
+        False if this engine's holds end by themselves only: it has no guard, or its holds belong to no leases.
+
+    Raises:
+        EngineTrouble: it cannot be reached, or does not end the hold for another reason.
+    """
+    path = "/conserve/release"
+    headers = {LEASE_HEADER: lease_token}
+    async with _answer(transport, url, path, door, method="POST", headers=headers) as response:
+        if response.status_code == HTTPStatus.NO_CONTENT:
+            return True
+        if response.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+            return False
+        code = _error_code(await _bounded(response, path))
+        if code == "holds_not_leased":
+            return False
+        raise EngineTrouble(f"{path} answered {response.status_code} {code}")
+
+
 async def _get(transport: httpx2.AsyncBaseTransport, url: str, path: str, door: Door) -> bytes:
-    """The body of a good answer. No client round the transport: its other talents were half of what a poll cost.
+    """The body of a good answer."""
+    async with _answer(transport, url, path, door) as response:
+        if response.status_code != HTTPStatus.OK:
+            raise EngineTrouble(f"{path} answered {response.status_code}")
+        return await _bounded(response, path)
+
+
+@asynccontextmanager
+async def _answer(
+    transport: httpx2.AsyncBaseTransport,
+    url: str,
+    path: str,
+    door: Door,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> AsyncIterator[httpx2.Response]:
+    """An answer whose body is still to be read. No client round the transport: it was half of what a poll cost.
 
     A transport follows no redirect either: whoever answers must not send the broker, or its key, elsewhere.
     """
-    headers = {"authorization": f"Bearer {door.key}"} if door.key else {}
+    sent = {**headers, "authorization": f"Bearer {door.key}"} if door.key else dict(headers)
     extensions = {}
     try:
         if door.guard is not None:
             place = await door.guard.place(url)
-            url, headers["host"], extensions["sni_hostname"] = place.base, place.host, place.sni
-        request = httpx2.Request("GET", f"{url}{path}", headers=headers, extensions=extensions)
+            url, sent["host"], extensions["sni_hostname"] = place.base, place.host, place.sni
+        request = httpx2.Request(method, f"{url}{path}", headers=sent, extensions=extensions)
         response = await transport.handle_async_request(request)
         try:
-            if response.status_code != httpx2.codes.OK:
-                raise EngineTrouble(f"{path} answered {response.status_code}")
-            return await _bounded(response, path)
+            yield response
         finally:
             await response.aclose()
     except AddressForbiddenError as error:
         raise EngineTrouble(str(error)) from error
     except httpx2.HTTPError as error:
         raise EngineTrouble(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def _error_code(body: bytes) -> str:
+    """The code that an engine's error has, or ""."""
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 async def _bounded(response: httpx2.Response, path: str) -> bytes:

@@ -29,6 +29,7 @@ from conserve_broker.feed import Feed
 from conserve_broker.front import Front
 from conserve_broker.gate import Gate
 from conserve_broker.history import Everyone, History
+from conserve_broker.hold_releases import HoldReleases
 from conserve_broker.journal import Journal, JournalPort
 from conserve_broker.logbook import Log
 from conserve_broker.membership import Membership
@@ -38,7 +39,7 @@ from conserve_broker.registration import registration_routes
 from conserve_broker.reload import ConfigWatcher, FleetEvent
 from conserve_broker.replica import Replica
 from conserve_broker.scrape import Scraper
-from conserve_broker.service import BrokerService
+from conserve_broker.service import BrokerService, Observer
 from conserve_broker.settings import BrokerConfig
 from conserve_broker.snapshot import history_of, snapshot_of
 from conserve_broker.tls import ServerTls
@@ -105,6 +106,7 @@ class Life:
         self._watcher: ConfigWatcher | None = None
         self._dns: DnsWatcher | None = None
         self._membership: Membership | None = None
+        self._releases: HoldReleases | None = None
         self._replica = None if journal is not None else self._new_replica()
         self._elections: asyncio.Queue[Journal | str] = asyncio.Queue()
         self._sightings: dict[EngineId, EngineObserved] = {}
@@ -187,6 +189,16 @@ class Life:
             scraper = await stack.enter_async_context(
                 Scraper(self._config.scrape, emit=self._sighted, now_ms=self._clock.now_ms, door_of=self._door_of)
             )
+            self._releases = await stack.enter_async_context(
+                HoldReleases(
+                    self._signer,
+                    now_ms=self._clock.now_ms,
+                    new_transport=scraper.new_transport,
+                    door_of=self._door_of,
+                    counted=self._metrics.hold_released,
+                    log=self._log,
+                )
+            )
             scraper.configure(self._config.engine_configs())
             self._membership = Membership(
                 self._config.engine_configs(),
@@ -225,7 +237,7 @@ class Life:
             journal=journal,
             grace_ms=self._config.lease.grace_ms,
             clock=self._clock,
-            observer=Everyone([self._metrics, self._history, *([self._tracing] if self._tracing else [])]),
+            observer=Everyone([each for each in self._observers() if each is not None]),
             log=self._log,
             freeze_gc=self._freeze_gc,
         )
@@ -239,6 +251,9 @@ class Life:
         self._metrics.watch(service.core, clock=self._clock)
         self._history.watch(service.core)
         self.front.service = service
+
+    def _observers(self) -> Sequence[Observer | None]:
+        return self._metrics, self._history, self._releases, self._tracing
 
     async def _follow_elections(self) -> None:
         while True:
@@ -255,6 +270,8 @@ class Life:
         self._members().end()
         self._metrics.forget()
         self._history.forget()
+        if self._releases is not None:
+            self._releases.forget()
         if service is not None:
             service.quiesce()
             await asyncio.to_thread(service.abandon)

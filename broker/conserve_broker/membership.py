@@ -20,13 +20,14 @@ from conserve_sdk.core.events import (
     EngineConfigured,
     EngineDrained,
     EngineRemoved,
+    EngineRestarted,
     EngineSpec,
     EngineState,
     EngineUnreachable,
     Event,
     Role,
 )
-from conserve_sdk.core.units import EngineId, Ms
+from conserve_sdk.core.units import EngineId, Incarnation, Ms
 
 __all__ = ["FILE", "Membership"]
 
@@ -34,6 +35,7 @@ FILE = "file"
 REGISTERED = "registered"
 _DNS = "dns:"
 _TICK_S = 0.2
+_UNTOLD = Incarnation("")
 _log = logging.getLogger("conserve.broker")
 
 
@@ -47,6 +49,7 @@ class _Member:
         keeps_drain: it had been drained by an operator before it began to leave.
         heard_until_ms: end of the last heartbeat's word; None for members that need none.
         silent: that end has come.
+        incarnation: what it called its life when it was heard of last; "" if it never said.
     """
 
     spec: EngineSpec
@@ -56,6 +59,7 @@ class _Member:
     keeps_drain: bool = False
     heard_until_ms: Ms | None = None
     silent: bool = False
+    incarnation: Incarnation = _UNTOLD
 
 
 class Membership:
@@ -132,10 +136,19 @@ class Membership:
                 self._put(_Member(spec, origin))
         self._rewatch()
 
-    def register(self, spec: EngineSpec, *, ttl_ms: int) -> None:
+    def register(self, spec: EngineSpec, *, ttl_ms: int, incarnation: Incarnation = _UNTOLD) -> None:
         """An engine announced itself, or was heard of again; see `conflict` first."""
+        before = self._members.get(spec.engine_id)
+        if before is not None and before.incarnation and incarnation not in ("", before.incarnation):
+            now_ms = self._now_ms()
+            self._feed(
+                EngineRestarted(
+                    now_ms=now_ms, engine_id=spec.engine_id, before=before.incarnation, incarnation=incarnation
+                )
+            )
         heard_until_ms = Ms(self._now_ms() + ttl_ms)
-        self._put(_Member(spec, REGISTERED, ttl_ms=ttl_ms, heard_until_ms=heard_until_ms))
+        member = _Member(spec, REGISTERED, ttl_ms=ttl_ms, heard_until_ms=heard_until_ms, incarnation=incarnation)
+        self._put(member)
         self._rewatch()
 
     def deregister(self, engine_id: EngineId) -> None:
@@ -239,16 +252,23 @@ class Membership:
 
 
 def _row_of(member: _Member) -> str:
-    state = [member.origin, member.ttl_ms, member.leaving, member.keeps_drain]
+    state = [member.origin, member.ttl_ms, member.leaving, member.keeps_drain, member.incarnation]
     return json.dumps([asdict(member.spec), *state], separators=(",", ":"))
 
 
 def _member_of(row: str) -> _Member | None:
     """None for a row of another version: the engine will be heard of again."""
     try:
-        spec, origin, ttl_ms, leaving, keeps_drain = json.loads(row)
+        spec, origin, ttl_ms, leaving, keeps_drain, incarnation = json.loads(row)
         fields: dict[str, Any] = {**spec, "role": Role(spec["role"])}
-        return _Member(EngineSpec(**fields), str(origin), int(ttl_ms), bool(leaving), bool(keeps_drain))
+        return _Member(
+            EngineSpec(**fields),
+            str(origin),
+            ttl_ms=int(ttl_ms),
+            leaving=bool(leaving),
+            keeps_drain=bool(keeps_drain),
+            incarnation=Incarnation(incarnation),
+        )
     except (ValueError, TypeError, KeyError) as error:
         _log.warning("an engine's row in the journal is not understood and left out (%s)", error)
         return None

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from conserve_broker._access_tables import DENIALS
 from conserve_broker.clock import BrokerClock
+from conserve_broker.hold_releases import OUTCOMES as RELEASE_OUTCOMES
 from conserve_broker.service import Observer
 from conserve_sdk._desk import Outcome
 from conserve_sdk.core import MILLION, Broker, BrokerCounters, EngineView
@@ -65,6 +66,14 @@ class BrokerMetrics(Observer):
             labelnames=["key_id"],
             registry=self.registry,
         )
+        self._hold_releases = Counter(
+            "conserve_hold_releases",
+            "Holds that engines were asked to end early, by what became of it",
+            labelnames=["outcome"],
+            registry=self.registry,
+        )
+        for outcome in RELEASE_OUTCOMES:
+            self._hold_releases.labels(outcome)
 
     def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
         """Export what every broker has, one that stands by included."""
@@ -104,6 +113,10 @@ class BrokerMetrics(Observer):
     def denied(self, code: str) -> None:
         """A request was turned away at the gate."""
         self._denied.labels(code).inc()
+
+    def hold_released(self, outcome: str) -> None:
+        """An engine was asked to end a lease's hold; see `hold_releases.OUTCOMES`."""
+        self._hold_releases.labels(outcome).inc()
 
     def page(self) -> bytes:
         """What `GET /metrics` answers."""

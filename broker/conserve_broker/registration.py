@@ -12,7 +12,7 @@ from conserve_broker._discovery_tables import RegistrationTable, engine_of
 from conserve_broker._url_guard import UrlGuard
 from conserve_broker.membership import Membership
 from conserve_sdk._desk import ProblemRaised, Reply, Route, engine_info
-from conserve_sdk.core.units import EngineId
+from conserve_sdk.core.units import EngineId, Incarnation
 from conserve_sdk.protocol import EngineInfo, EngineRegistration, Problem
 
 __all__ = ["registration_routes"]
@@ -42,7 +42,7 @@ def registration_routes(settings: RegistrationTable, membership: Callable[[], Me
         if trouble:
             raise _problem(409, "engine_conflict", "Engine conflict", f"{trouble}; choose another id, or remove it")
         known = members.is_registered(spec.engine_id)
-        members.register(spec, ttl_ms=body.ttl_ms)
+        members.register(spec, ttl_ms=body.ttl_ms, incarnation=Incarnation(body.incarnation))
         return Reply(status=200 if known else 201, body=_info(visit, spec.engine_id))
 
     def deregister(visit: Any, _: None) -> Reply:

@@ -85,7 +85,7 @@ class Scraper:
                 target.stop()
         for engine_id, engine in wanted.items():
             if engine_id not in self._targets:
-                self._targets[engine_id] = target = _Target(engine, self._new_transport())
+                self._targets[engine_id] = target = _Target(engine, self.new_transport())
                 self._start(target)
 
     async def run(self) -> None:
@@ -104,7 +104,7 @@ class Scraper:
             for target in list(self._targets.values()):
                 group.create_task(self._poll(target))
 
-    def _new_transport(self) -> httpx2.AsyncBaseTransport:
+    def new_transport(self) -> httpx2.AsyncBaseTransport:
         """One per engine: a pool looks at all its connections whenever one of them is used."""
         if self._transport is not None:
             return self._transport

@@ -10,6 +10,7 @@ from conserve_sdk.core.events import (
     EngineFailureReported,
     EngineObserved,
     EngineRemoved,
+    EngineRestarted,
     EngineState,
     EngineStateChanged,
     EngineUnreachable,
@@ -50,6 +51,15 @@ def observe(state: State, event: EngineObserved) -> None:
         _drop_other_incarnations(state, event.engine_id, event.incarnation)
     state.tell(changed)
     state.room_may_have_appeared = True
+
+
+def restarted(state: State, event: EngineRestarted) -> None:
+    """Take an engine's own word, which comes sooner than the scrape that shows the same."""
+    changed = state.fleet.restart(event)
+    if changed is not None:
+        state.counters.engine_restarts += 1
+        _drop_other_incarnations(state, event.engine_id, event.incarnation)
+        state.tell(changed)
 
 
 def unreachable(state: State, event: EngineUnreachable) -> None:

@@ -22,6 +22,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     events.EngineRemoved: _engines.remove,
     events.EngineObserved: _engines.observe,
     events.EngineUnreachable: _engines.unreachable,
+    events.EngineRestarted: _engines.restarted,
     events.EngineDrained: _engines.drain,
     events.EngineFailureReported: _engines.report_failure,
     events.LeaseRequested: _granting.request_lease,

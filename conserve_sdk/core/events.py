@@ -195,6 +195,24 @@ class EngineUnreachable:
 
 @quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRestarted:
+    """An engine says of itself that it lives anew; nothing follows unless its scrapes still show the life before.
+
+    Its leases have lost their KV, and it gets no new one until a scrape tells what it is now.
+
+    Attributes:
+        before: what it called its last life, by the name that scrapes derive.
+        incarnation: what it calls this one.
+    """
+
+    now_ms: Ms
+    engine_id: EngineId
+    before: Incarnation
+    incarnation: Incarnation
+
+
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineDrained:
     """Drain (`draining=True`) or undrain an engine: draining engines keep their leases but get no new one."""
 
@@ -398,6 +416,7 @@ Event = (
     | EngineRemoved
     | EngineObserved
     | EngineUnreachable
+    | EngineRestarted
     | EngineDrained
     | LeaseRequested
     | SupersedeRequested

@@ -27,6 +27,7 @@ from conserve_sdk.core.estimates import SAMPLE_MIN_TOKENS, averaged_rate, averag
 from conserve_sdk.core.events import (
     EngineFailureReported,
     EngineObserved,
+    EngineRestarted,
     EngineSpec,
     EngineState,
     EngineStateChanged,
@@ -174,6 +175,17 @@ class Fleet:
         if changed is None and before is not None and another:
             changed = _changed(engine, engine.state, "restarted")
         return changed, another
+
+    def restart(self, event: EngineRestarted) -> EngineStateChanged | None:
+        """Forget what was observed of the life that an engine says is over; None when it is another one already."""
+        engine = self._engines.get(event.engine_id)
+        if engine is None or engine.seen is None or engine.seen.incarnation != event.before:
+            return None
+        self._forget_observations(engine, event.now_ms)
+        self.touch(event.engine_id)
+        changed = _changed(engine, EngineState.UNKNOWN, "restarted, not observed yet")
+        engine.state, engine.detail = changed.after, changed.detail
+        return changed
 
     def fail(self, event: EngineUnreachable) -> EngineStateChanged | None:
         """Take a failed scrape."""

@@ -83,6 +83,7 @@ class BrokerVisit:
                         model=engine.model,
                         from_broker=True,
                         engine_id=engine.engine_id,
+                        host_tier_tokens=engine.host_tier_tokens,
                     )
                 )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conserve_sdk.doctor._finding import Finding, fail, note, ok
+from conserve_sdk.doctor._kept import check_kept
 from conserve_sdk.doctor._look import EngineFacts
 from conserve_sdk.doctor._page import MetricsPage
 
@@ -32,6 +33,7 @@ def check_engine(facts: EngineFacts) -> Iterator[Finding]:
     if facts.role != "prefiller":
         yield _failure_policy(facts)
     yield _lease(facts)
+    yield from check_kept(facts)
     yield _guard(facts)
 
 

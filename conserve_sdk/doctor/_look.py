@@ -28,6 +28,7 @@ class Target:
         model: what it should serve; empty where nobody said so.
         from_broker: whether the broker named it.
         engine_id: as the broker names it; empty where none did.
+        host_tier_tokens: the host tier that the broker counts on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     model: str = ""
     from_broker: bool = False
     engine_id: str = ""
+    host_tier_tokens: int = 0
 
 
 class NotAnEngineError(Exception):

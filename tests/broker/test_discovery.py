@@ -237,6 +237,48 @@ def test_an_engine_registers_serves_and_leaves(start: Start, fleet: EmulatedFlee
     assert httpx2.delete(f"{broker.url}/v1/engines/w0").status_code == 204, "idempotent"
 
 
+def test_an_engine_that_registers_anew_has_lost_its_leases(start: Start, fleet: EmulatedFleet) -> None:
+    """The engine has not restarted in truth, so no scrape can have ended the lease."""
+    broker = start(registration=ALLOW)
+    broker.put("w0", url=fleet.engines[0].url)
+    until(lambda: broker.engines() == {"w0": "ready"}, what="the engine")
+    life = broker.fleet().engines[0].incarnation
+    assert life is not None
+    broker.put("w0", url=fleet.engines[0].url, incarnation=life)
+    broker.put("w0", url=fleet.engines[0].url, incarnation=life)
+    grant = broker.grant("c")
+    assert broker.renew(grant) == ["ok"], "the same word again is a heartbeat"
+    broker.put("w0", url=fleet.engines[0].url, incarnation=f"{life}9")
+    assert broker.renew(grant) == ["engine_lost"]
+    assert broker.metric("conserve_engine_restarts_total") == 1
+    until(lambda: broker.engines() == {"w0": "ready"}, what="the next scrape")
+    broker.put("w0", url=fleet.engines[0].url, incarnation=f"{life}9")
+    assert broker.renew(broker.grant("d")) == ["ok"]
+
+
+def test_an_engines_word_for_its_life_outlives_the_broker(start: Start, fleet: EmulatedFleet) -> None:
+    broker = start(registration=ALLOW)
+    broker.put("w0", url=fleet.engines[0].url)
+    until(lambda: broker.engines() == {"w0": "ready"}, what="the engine")
+    life = broker.fleet().engines[0].incarnation
+    broker.put("w0", url=fleet.engines[0].url, incarnation=life)
+    grant = broker.grant("c")
+    broker.server.kill()
+    broker.server.start()
+    until(lambda: broker.engines() == {"w0": "ready"}, what="the engine")
+    assert broker.renew(grant) == ["ok"]
+    broker.put("w0", url=fleet.engines[0].url, incarnation=f"{life}9")
+    assert broker.renew(grant) == ["engine_lost"]
+
+
+def test_an_engine_registers_its_host_tier(start: Start, fleet: EmulatedFleet) -> None:
+    broker = start(registration=ALLOW)
+    broker.put("w0", url=fleet.engines[0].url, host_tier_tokens=65_536)
+    assert broker.fleet().engines[0].host_tier_tokens == 65_536
+    broker.put("w0", url=fleet.engines[0].url)
+    assert broker.fleet().engines[0].host_tier_tokens == 0, "the last word counts"
+
+
 def test_without_heartbeats_an_engine_is_suspect_then_gone(start: Start, fleet: EmulatedFleet) -> None:
     """Although its pages still answer: who stops talking may have been cut off from the agents, too."""
     broker = start(registration=ALLOW)

@@ -22,6 +22,7 @@ from conserve_sdk.core import (
     EngineId,
     EngineObserved,
     EngineRemoved,
+    EngineRestarted,
     EngineSpec,
     EngineState,
     EngineUnreachable,
@@ -111,6 +112,8 @@ class Oracle:
             if due is not None and self.deadline_ms(due) > self.now_ms:
                 del self.pending[event.request_id]
         self._follow_engine(event)
+        if isinstance(event, EngineRestarted):
+            self._follow_restart(event)
         if isinstance(event, LeaseReadopted):
             self._follow_readoption(event, decisions)  # whoever waits for its key is answered with it at once
         for decision in decisions:
@@ -126,6 +129,11 @@ class Oracle:
             self.ends[lease_id] = max(event.lease.expires_at_ms, self.grace_until_ms)
             if event.lease.migrations and lease_id not in self.moved:
                 self.counted_before.add(lease_id)
+
+    def _follow_restart(self, event: EngineRestarted) -> None:
+        facts = self.engines.get(event.engine_id)
+        if facts is not None and facts.seen is not None and facts.seen.incarnation == event.before:
+            self.engines[event.engine_id] = EngineFacts(facts.spec, event.now_ms, facts.draining)
 
     def _follow_engine(self, event: Event) -> None:
         match event:
@@ -294,8 +302,8 @@ class Oracle:
                 assert self._may_supersede(event, lease), "compare-and-set on id and epoch"
             case DropReason.ENGINE_RESTARTED:
                 assert facts is not None
-                assert facts.seen is not None
-                assert facts.seen.incarnation != lease.decoder.incarnation
+                assert isinstance(event, EngineObserved | EngineRestarted)
+                assert event.incarnation != lease.decoder.incarnation
             case DropReason.ENGINE_GONE:
                 assert facts is not None
                 assert self.gone(facts)

@@ -25,6 +25,7 @@ from conserve_sdk.core import (
     EngineFailureReported,
     EngineId,
     EngineRemoved,
+    EngineRestarted,
     EngineSpec,
     EngineUnreachable,
     Event,
@@ -328,7 +329,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule(
         engine_id=ENGINES,
-        kind=st.sampled_from(["fail", "fail all", "blame", "blame old", "drain", "undrain", "restart", "remove"]),
+        kind=st.sampled_from(
+            ["fail", "fail all", "blame", "blame old", "drain", "undrain", "restart", "reborn", "reborn late", "remove"]
+        ),
     )
     def trouble(self, engine_id: EngineId, kind: str) -> None:
         self._trouble(engine_id, kind)
@@ -350,11 +353,15 @@ class BrokerMachine(RuleBasedStateMachine):
                 self._apply(EngineDrained(now_ms=now_ms, engine_id=engine_id, draining=kind == "drain"))
             case "restart":
                 self._see(engine_id, again=False)
+            case "reborn" | "reborn late":
+                before = self._incarnation(engine_id) if kind == "reborn" else Incarnation("old")
+                word = Incarnation(f"{before}, by its own word")
+                self._apply(EngineRestarted(now_ms=now_ms, engine_id=engine_id, before=before, incarnation=word))
             case _:
                 self._apply(EngineRemoved(now_ms=now_ms, engine_id=engine_id))
 
     @precondition(lambda self: self.oracle.ends)
-    @rule(pick=CHOICE, kind=st.sampled_from(["restart", "gone", "remove"]), late_ms=st.sampled_from([-1, 0]))
+    @rule(pick=CHOICE, kind=st.sampled_from(["restart", "reborn", "gone", "remove"]), late_ms=st.sampled_from([-1, 0]))
     def lose_a_decoder(self, pick: int, kind: str, late_ms: int) -> None:
         """Aim at a decoder that hosts something."""
         engine_id = self._pick(pick).decoder.engine_id

@@ -12,6 +12,7 @@ from conserve_sdk.core import (
     DropReason,
     EngineId,
     EngineRemoved,
+    EngineRestarted,
     EngineState,
     EngineStateChanged,
     Incarnation,
@@ -287,6 +288,45 @@ def test_a_restarted_prefiller_drops_nothing_but_its_backlog() -> None:
     decisions = world.observe("p0", incarnation=Incarnation("i2"))
     assert (world.broker.lease_count(), world.view("p0").backlog_tokens) == (1, 0)
     assert [type(each) for each in decisions] == [EngineStateChanged]
+
+
+def reborn(world: World, engine_id: str, *, before: str = "i1") -> list[Decision]:
+    return world.broker.apply(
+        EngineRestarted(
+            now_ms=Ms(world.now_ms),
+            engine_id=EngineId(engine_id),
+            before=Incarnation(before),
+            incarnation=Incarnation("i2"),
+        )
+    )
+
+
+def test_an_engine_that_says_it_restarted_loses_its_leases_before_any_scrape() -> None:
+    world = World()
+    lost, kept = world.grant("a"), world.grant("b")
+    decisions = reborn(world, "d0", before=lost.decoder.incarnation)
+    assert only(LeaseDropped, decisions) == LeaseDropped(lease=lost, reason=DropReason.ENGINE_RESTARTED)
+    assert states(decisions) == [("d0", EngineState.READY, EngineState.UNKNOWN)]
+    assert (world.renew(lost).verdict, world.renew(kept).verdict) == (LeaseVerdict.ENGINE_LOST, LeaseVerdict.OK)
+    assert world.grant("c").decoder.engine_id == "d1", "nothing is granted on what nobody has seen"
+    assert states(world.observe("d0", incarnation=Incarnation("i2"))) == [
+        ("d0", EngineState.UNKNOWN, EngineState.READY)
+    ]
+    assert world.broker.counters.engine_restarts == 1, "and the scrape is no second one"
+
+
+@pytest.mark.parametrize("when", ["after the scrape", "never observed", "unknown engine"])
+def test_an_engines_word_that_says_nothing_new(when: str) -> None:
+    world = World()
+    if when == "never observed":
+        world.apply(EngineRemoved(now_ms=world.now_ms, engine_id=EngineId("d0")))
+        world.configure(spec("d0"))
+    if when == "after the scrape":
+        world.observe("d0", incarnation=Incarnation("i2"))
+        world.grant("a")
+    restarts = world.broker.counters.engine_restarts
+    assert reborn(world, "nobody" if when == "unknown engine" else "d0") == []
+    assert world.broker.counters.engine_restarts == restarts
 
 
 # ---- misfits ----

@@ -29,7 +29,8 @@ def note(text):
         print(text, file=out, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        told = {"/health": {}, "/conserve/engine": {"incarnation": "life-7", "block_size_tokens": 16}}.get(self.path)
+        known = {"incarnation": "life-7", "block_size_tokens": 16, "host_tier_tokens": 65536}
+        told = {"/health": {}, "/conserve/engine": known}.get(self.path)
         self.send_response(200 if told is not None else 404)
         self.end_headers()
         self.wfile.write(json.dumps(told).encode())
@@ -160,6 +161,7 @@ def test_it_registers_when_healthy_beats_drains_leaves_and_passes_the_exit_code_
         "ttl_ms": 1_000,
         "incarnation": "life-7",
         "block_size_tokens": 16,
+        "host_tier_tokens": 65_536,
     }
     ending = [(call[0], call[1]) for call in broker.calls if call[0] in ("POST", "DELETE")]
     assert ending == [("POST", "/v1/engines/d0/drain"), ("DELETE", "/v1/engines/d0")]

@@ -4,10 +4,12 @@ The guard writes what the connector reads, so these go through the guard; `test_
 """
 
 import time
+from contextlib import closing
 
 import pytest
 
 from .guarded import HOLD
+from .leased import Conversation, Stage
 
 BLOCK = 32
 
@@ -81,3 +83,27 @@ def test_only_the_lease_itself_lets_go(idle, guarded_fleet):
     assert idle.http.post(f"{guarded_fleet.engines['d0'].url}/conserve/release").status_code == 403
     release(idle, "another")
     assert held_tokens(idle) == held
+
+
+@pytest.mark.parametrize("end", ["release", "park"])
+def test_the_broker_lets_go_for_a_conversation_that_ends_or_waits_for_a_human(idle, guarded_fleet, tmp_path, end):
+    expired = guarded_fleet.metrics("d0").expired_holds
+    freed = idle.identity("d0")["guard"].get("released", 0)
+    with closing(Stage(guarded_fleet, idle, tmp_path)) as stage:
+        engines = [entry for entry in guarded_fleet.broker_engines() if entry["id"] in ("p0", "d0")]
+        conserve = stage.sdk(stage.broker(engines=engines, lease={"hold_ms": 30_000}))
+        talk, client = Conversation(stage, f"over by {end}", words=300), stage.client(conserve)
+        talk.ask(client)
+        talk.ask(client)
+        assert stage.last.migrated is False, "the second turn is a follow-up"
+        assert held_tokens(idle) > 300, "held between turns"
+        assert conserve.flush(20)
+
+        started_s = time.monotonic()
+        getattr(conserve, end)(talk.name)
+
+        idle.settled("d0", lambda now: now.kv_used_tokens == 0, budget_s=20.0)
+        assert time.monotonic() - started_s < 20, "not by the end of its time"
+        assert idle.identity("d0")["guard"]["released"] == freed + 1
+        assert guarded_fleet.metrics("d0").expired_holds > expired, "vLLM counts what it freed without a reader"
+        talk.ask(client)

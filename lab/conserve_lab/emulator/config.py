@@ -48,6 +48,8 @@ class EmulatorConfig(BaseModel):
     kv_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """NIXL side channel port as told in `remote_port`; 0 numbers the engines from 5600."""
     kv_lease_ms: Positive = 30_000
+    leased_holds: bool = False
+    """The connector knows whose a hold is, as `conserve_vllm.leased_nixl` does; orders come through a `LeaseGuard`."""
     kv_load_failure_policy: Literal["fail", "recompute"] = "recompute"
     """vLLM's own default is `fail`; `recompute` is what decoders should run with."""
     handshake_timeout_ms: NotNegative = 5_000

@@ -20,6 +20,7 @@ from conserve_lab.emulator.language import Speaker, block_keys
 from conserve_lab.emulator.ledger import HeldPrompt, HoldLedger, HoldState
 from conserve_lab.emulator.metrics import EngineMetrics
 from conserve_lab.engine_model import EngineModel, EngineRequest, FetchStart, TransferLink
+from conserve_vllm.holds import HoldBook
 
 _NEVER_US: Final = 1 << 60
 _LOG = logging.getLogger("conserve_lab.emulator")
@@ -80,6 +81,7 @@ class Incarnation:
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken = False
+        self._book = HoldBook()
 
     # ---- life ----------------------------------------------------------------------------------------------
 
@@ -203,6 +205,22 @@ class Incarnation:
             self.ledger.record(
                 HeldPrompt(run.internal_id, run.generation.prompt, stream.held_blocks, stream.computed_tokens)
             )
+        if run is not None and stream is run.choices[0].stream and self.config.leased_holds:
+            self._follow_order(run)
+
+    def _follow_order(self, run: Run) -> None:
+        """Hold for the lease's own time and end its hold before, as `conserve_vllm.leased_nixl` does."""
+        order, now_us = run.generation.kv.order, self.clock_us()
+        previous = None
+        if order is not None and order.hold_s == 0:
+            previous = self._book.end(order.lease_id)
+        elif order is not None and run.held:
+            hold_us = min(round(order.hold_s * 1e6), self.config.kv_lease_ms * 1000)
+            self.model.renew_hold(run.internal_id, until_us=now_us + hold_us)
+            until_s = (now_us + hold_us) / 1e6
+            previous = self._book.begin(order.lease_id, run.internal_id, until_s=until_s, now_s=now_us / 1e6)
+        if previous is not None and previous in self.model.holds:
+            self.release(previous, state=HoldState.EXPIRED)
 
     def _note_expired(self, request_ids: tuple[str, ...]) -> None:
         for request_id in request_ids:

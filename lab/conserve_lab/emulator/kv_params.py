@@ -13,6 +13,7 @@ from typing import Any, Final
 from conserve_lab.emulator.errors import ApiError, invalid
 from conserve_lab.emulator.language import TokenIds
 from conserve_lab.emulator.language.tokens import new_tokens
+from conserve_vllm.holds import HoldOrder, read_order
 
 FIELD: Final = "kv_transfer_params"
 
@@ -37,6 +38,8 @@ class KvWish:
     """`do_remote_decode`: keep the blocks for a lease."""
     pull: PullParams | None = None
     """`do_remote_prefill`: read the prompt's KV from a peer."""
+    order: HoldOrder | None = None
+    """Whose hold it is, where a guard wrote it down."""
 
 
 def take_prompt_token_ids(params: Mapping[str, Any] | None) -> TokenIds | None:
@@ -82,7 +85,7 @@ def read_kv_wish(params: Mapping[str, Any] | None) -> KvWish:
             "a prefill leg must not name a remote engine: vLLM 0.32 would hang here; "
             'send {"do_remote_decode": true} alone',
         )
-    return KvWish(hold=hold, pull=_read_pull(params) if pull else None)
+    return KvWish(hold=hold, pull=_read_pull(params) if pull else None, order=read_order(params))
 
 
 def refusal(reason: str, message: str) -> ApiError:
