@@ -29,7 +29,7 @@ client raises it as it is instead of retrying it. Errors of httpx2 are mapped at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import openai
 
@@ -55,6 +55,26 @@ __all__ = [
 
 def _rebuild(kind: type[ConServeError], message: str, fields: Mapping[str, Any]) -> ConServeError:
     return kind(message, **fields)
+
+
+class _BrokerFields(TypedDict, total=False):
+    """What every error of a broker may say of itself."""
+
+    conversation_id: str | None
+    lease_id: str | None
+    broker_url: str | None
+    status: int | None
+    code: str | None
+
+
+class _EngineFields(TypedDict, total=False):
+    """What every error of an engine may say of itself."""
+
+    conversation_id: str | None
+    lease_id: str | None
+    engine_id: str | None
+    phase: str | None
+    status: int | None
 
 
 class ConServeError(openai.OpenAIError):
@@ -141,26 +161,8 @@ class LeaseRefused(BrokerError):
 
     _fields: ClassVar[tuple[str, ...]] = (*BrokerError._fields, "reason", "retry_after_ms")
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        reason: str,
-        retry_after_ms: int = 0,
-        conversation_id: str | None = None,
-        lease_id: str | None = None,
-        broker_url: str | None = None,
-        status: int | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(
-            message,
-            conversation_id=conversation_id,
-            lease_id=lease_id,
-            broker_url=broker_url,
-            status=status,
-            code=code,
-        )
+    def __init__(self, message: str, *, reason: str, retry_after_ms: int = 0, **where: Unpack[_BrokerFields]) -> None:
+        super().__init__(message, **where)
         self.reason = reason
         self.retry_after_ms = retry_after_ms
 
@@ -178,25 +180,8 @@ class RateLimited(BrokerError):
 
     _fields: ClassVar[tuple[str, ...]] = (*BrokerError._fields, "retry_after_ms")
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry_after_ms: int = 0,
-        conversation_id: str | None = None,
-        lease_id: str | None = None,
-        broker_url: str | None = None,
-        status: int | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(
-            message,
-            conversation_id=conversation_id,
-            lease_id=lease_id,
-            broker_url=broker_url,
-            status=status,
-            code=code,
-        )
+    def __init__(self, message: str, *, retry_after_ms: int = 0, **where: Unpack[_BrokerFields]) -> None:
+        super().__init__(message, **where)
         self.retry_after_ms = retry_after_ms
 
 
@@ -281,23 +266,6 @@ class TurnTimeout(EngineError):
 
     _fields: ClassVar[tuple[str, ...]] = (*EngineError._fields, "budget_ms")
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        budget_ms: int,
-        conversation_id: str | None = None,
-        lease_id: str | None = None,
-        engine_id: str | None = None,
-        phase: str | None = None,
-        status: int | None = None,
-    ) -> None:
-        super().__init__(
-            message,
-            conversation_id=conversation_id,
-            lease_id=lease_id,
-            engine_id=engine_id,
-            phase=phase,
-            status=status,
-        )
+    def __init__(self, message: str, *, budget_ms: int, **where: Unpack[_EngineFields]) -> None:
+        super().__init__(message, **where)
         self.budget_ms = budget_ms

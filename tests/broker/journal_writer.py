@@ -1,4 +1,7 @@
-"""A process that writes leases until it is killed: prints the number of each lease once it is acknowledged."""
+"""A process that writes leases until it is killed: prints the number of each lease once it is acknowledged.
+
+Run by path; the tests take the lease from here.
+"""
 
 import sys
 from dataclasses import replace
@@ -8,25 +11,24 @@ from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import Receipt
 
-RECEIPT = Receipt(preset="default", rule="r", prefill_rule="p", need_tokens=1, waited_ms=0, candidates=())
-DECODER = EngineBinding(engine_id="d0", url="http://d0", incarnation="1")
 LEASE = Lease(
-    lease_id="l",
-    key=LeaseKey(tenant="t", conversation_id="c", lineage="main", model="m"),
+    lease_id="l-1",
+    key=LeaseKey(tenant="default", conversation_id="c", lineage="main", model="m"),
     epoch=1,
     mode=Mode.LOCAL,
     prefiller=None,
-    decoder=DECODER,
+    decoder=EngineBinding(engine_id="d0", url="http://d0", incarnation="1"),
     granted_at_ms=1,
     ttl_ms=60_000,
     expires_at_ms=60_001,
-    ledger_tokens=1,
+    ledger_tokens=10,
     hold_ms=0,
     append_threshold_tokens=0,
     supersedes=None,
-    receipt=RECEIPT,
+    receipt=Receipt(preset="default", rule="r", prefill_rule="p", need_tokens=10, waited_ms=0, candidates=()),
     activity_since_ms=1,
 )
+"""A lease that the tests of the journal write, with other numbers."""
 
 
 def main(path: str, first: int) -> None:

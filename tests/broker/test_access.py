@@ -1,78 +1,22 @@
 """API keys: who may ask what, whose leases they see, what the answers say, and how fast they may ask."""
 
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
-import httpx2
 import pytest
 
 from conserve_broker._access_tables import AccessTable, ApiKeyTable
-from conserve_broker.api_keys import NewKey, digest_of, id_in, new_key
-from conserve_broker.app import create_app
-from conserve_broker.gate import Gate
-from conserve_broker.journal import MemoryJournal
-from conserve_broker.metrics import BrokerMetrics
+from conserve_broker.api_keys import digest_of, id_in, new_key
 from conserve_broker.rate_limit import TokenBucket
 from conserve_broker.service import BrokerService
 from conserve_sdk._desk import ROUTES
-from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, TenantId, TenantQuota, Tokens
-from conserve_sdk.protocol import LeaseGrant, Problem
-from conserve_sdk.testing import small_fleet
-from conserve_sdk.tokens import SigningKey, TokenSigner
+from conserve_sdk.core import PAPER, BrokerSettings, TenantId, TenantQuota, Tokens
+from conserve_sdk.protocol import LeaseGrant
 
-BODY = {"conversation_id": "c", "lineage": "main", "model": "test-model", "first_turn_input_tokens": 4_000}
-RED = new_key(tenant="red", scopes=("agent",), key_id="red-1")
-BLUE = new_key(tenant="blue", scopes=("agent",), key_id="blue-1")
-WORKER = new_key(tenant="gpu", scopes=("worker",), key_id="gpu-1")
-ADMIN = new_key(tenant="ops", scopes=("admin",), key_id="ops-1")
-EVERYBODY = (RED, BLUE, WORKER, ADMIN)
-SIGNER = TokenSigner([SigningKey(kid="test", secret=b"s" * 32)])
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1_000.0
-        self.date = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-class House:
-    """A broker with keys, and clients of it."""
-
-    def __init__(
-        self,
-        service: BrokerService,
-        clock: Clock,
-        *keys: NewKey,
-        engine_key: Callable[[str], str] = lambda _: "",
-        **access: Any,
-    ) -> None:
-        self.metrics = BrokerMetrics()
-        self.gate = Gate(
-            [key.table for key in keys],
-            access=AccessTable(**access),
-            admitted=self.metrics.admitted,
-            denied=self.metrics.denied,
-            clock_s=lambda: clock.now_s,
-            now=lambda: clock.date,
-        )
-        self.app = create_app(service, metrics=self.metrics, gate=self.gate, engine_key=engine_key)
-        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
-        self.http = httpx2.AsyncClient(transport=transport, base_url="http://broker.test")
-
-    async def ask(
-        self, method: str, path: str, key: NewKey | str | None, body: Any = None, lease: str = ""
-    ) -> httpx2.Response:
-        headers = {} if key is None else {"authorization": key if isinstance(key, str) else f"Bearer {key.text}"}
-        if lease:
-            headers["x-conserve-lease"] = lease
-        return await self.http.request(method, path, headers=headers, json=body)
-
-    async def grant(self, key: NewKey, conversation: str = "c") -> LeaseGrant:
-        answer = await self.ask("POST", "/v1/leases", key, {**BODY, "conversation_id": conversation})
-        return LeaseGrant.model_validate_json(answer.content)
+from .in_process import BODY, problem, running_service
+from .keyed import ADMIN, BLUE, EVERYBODY, RED, Clock, House
 
 
 @pytest.fixture
@@ -80,47 +24,15 @@ def clock() -> Clock:
     return Clock()
 
 
-@asynccontextmanager
-async def running(settings: BrokerSettings, *, signer: TokenSigner = SIGNER) -> AsyncIterator[BrokerService]:
-    service = BrokerService(
-        settings,
-        engines=small_fleet(),
-        signer=signer,
-        journal=MemoryJournal(),
-    )
-    async with service:
-        for view in service.core.engines():
-            service.feed(
-                EngineObserved(
-                    now_ms=service.clock.now_ms(),
-                    engine_id=view.engine_id,
-                    incarnation=Incarnation("one"),
-                    models=(view.spec.model,),
-                    kv_capacity_tokens=Tokens(100_000),
-                    kv_used_tokens=Tokens(0),
-                    block_size_tokens=Tokens(16),
-                    max_model_len_tokens=Tokens(32_768),
-                    running=0,
-                    waiting=0,
-                )
-            )
-        yield service
-
-
 @pytest.fixture
 async def service() -> AsyncIterator[BrokerService]:
-    async with running(BrokerSettings(placement=PAPER)) as service:
+    async with running_service(BrokerSettings(placement=PAPER)) as service:
         yield service
 
 
 @pytest.fixture
 async def house(service: BrokerService, clock: Clock) -> House:
     return House(service, clock, *EVERYBODY)
-
-
-def problem(response: httpx2.Response) -> Problem:
-    assert response.headers["content-type"] == "application/problem+json"
-    return Problem.model_validate_json(response.content)
 
 
 # ---- keys -------------------------------------------------------------------------------------------------------
@@ -353,7 +265,7 @@ async def test_what_is_denied_is_logged_once_a_second_and_shows_no_secret(
 async def test_a_tenant_at_its_quota_is_told_when_to_come_back_and_holds_up_nobody(clock: Clock) -> None:
     quota = TenantQuota(leases_max=1, leased_tokens_max=Tokens(5_000))
     settings = BrokerSettings(placement=PAPER, tenant_quotas={TenantId("red"): quota})
-    async with running(settings) as bounded:
+    async with running_service(settings) as bounded:
         house = House(bounded, clock, RED, BLUE)
         large = await house.ask("POST", "/v1/leases", RED, {**BODY, "first_turn_input_tokens": 6_000})
         assert (large.status_code, problem(large).code) == (429, "over_quota")

@@ -17,7 +17,8 @@ from conserve_sdk.core import PAPER, BrokerSettings, Ms
 from conserve_sdk.protocol import LeaseGrant
 from conserve_sdk.tokens import SigningKey, TokenSigner, read_unverified
 
-from .test_access import BLUE, EVERYBODY, RED, SIGNER, Clock, House, running
+from .in_process import SIGNER, running_service
+from .keyed import BLUE, EVERYBODY, RED, Clock, House
 
 FORGER = TokenSigner([SigningKey(kid="test", secret=b"x" * 32)])
 STRANGER = TokenSigner([SigningKey(kid="nobody's", secret=b"s" * 32)])
@@ -26,7 +27,7 @@ BAD, UNKNOWN = "bad_token", "unknown"
 
 @pytest.fixture
 async def service() -> AsyncIterator[BrokerService]:
-    async with running(BrokerSettings(placement=PAPER)) as service:
+    async with running_service(BrokerSettings(placement=PAPER)) as service:
         yield service
 
 
@@ -149,11 +150,11 @@ async def test_a_broker_with_a_key_pair_readopts_by_tokens_that_a_public_key_che
     )
     keys = load_config(path).token_keys()
     public = PublicKey("new", raw.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
-    async with running(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as first:
+    async with running_service(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as first:
         lease = await House(first, Clock(), RED).grant(RED)
     assert TokenSigner([public]).verify(lease.token, now_ms=Ms(0)).lease_id == lease.lease_id
     old = SIGNER.sign(replace(read_unverified(lease.token), lease_id="lease-of-before", conversation_id="b"))  # type: ignore[arg-type]
-    async with running(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as empty:
+    async with running_service(BrokerSettings(placement=PAPER), signer=TokenSigner(keys)) as empty:
         renewed = await House(empty, Clock(), RED).ask("POST", "/v1/renewals", RED, {"tokens": [lease.token, old]})
         assert [result["verdict"] for result in renewed.json()["results"]] == ["ok", "ok"], "both keys are good"
         assert empty.core.lease_count() == 2

@@ -16,12 +16,11 @@ from conserve_broker.journal import MemoryJournal
 from conserve_broker.metrics import BrokerMetrics
 from conserve_broker.service import BrokerService
 from conserve_sdk._desk import ROUTES
-from conserve_sdk.core import PAPER, BrokerSettings, EngineObserved, Incarnation, Tokens
-from conserve_sdk.protocol import BODY_BYTES_MAX, EngineInfo, LeaseGrant, Problem
+from conserve_sdk.core import PAPER, BrokerSettings, Tokens
+from conserve_sdk.protocol import BODY_BYTES_MAX, EngineInfo, LeaseGrant
 from conserve_sdk.testing import small_fleet
-from conserve_sdk.tokens import SigningKey, TokenSigner
 
-BODY = {"conversation_id": "c", "lineage": "main", "model": "test-model", "first_turn_input_tokens": 4_000}
+from .in_process import BODY, SIGNER, problem, running_service
 
 
 class Running:
@@ -45,45 +44,12 @@ def _name(name: str, labels: dict[str, str]) -> str:
     return f"{name}{{{inner}}}" if inner else name
 
 
-def observe(service: BrokerService) -> None:
-    for view in service.core.engines():
-        service.feed(
-            EngineObserved(
-                now_ms=service.clock.now_ms(),
-                engine_id=view.engine_id,
-                incarnation=Incarnation("one"),
-                models=(view.spec.model,),
-                kv_capacity_tokens=Tokens(100_000),
-                kv_used_tokens=Tokens(0),
-                block_size_tokens=Tokens(16),
-                max_model_len_tokens=Tokens(32_768),
-                running=0,
-                waiting=0,
-            )
-        )
-
-
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
     metrics = BrokerMetrics()
-    service = BrokerService(
-        BrokerSettings(placement=PAPER),
-        engines=small_fleet(),
-        signer=TokenSigner([SigningKey(kid="test", secret=b"s" * 32)]),
-        journal=MemoryJournal(),
-        observer=metrics,
-    )
-    metrics.watch(service.core, clock=service.clock)
-    async with service:
-        observe(service)
+    async with running_service(BrokerSettings(placement=PAPER), observer=metrics) as service:
+        metrics.watch(service.core, clock=service.clock)
         yield Running(service, metrics)
-
-
-def problem(response: httpx2.Response) -> Problem:
-    assert response.headers["content-type"] == "application/problem+json"
-    found = Problem.model_validate_json(response.content)
-    assert found.status == response.status_code
-    return found
 
 
 async def test_a_conversation_from_grant_to_release(running: Running) -> None:
@@ -342,7 +308,7 @@ async def test_an_engine_never_observed_has_no_age_and_no_division_by_zero() -> 
     service = BrokerService(
         BrokerSettings(),
         engines=bare,
-        signer=TokenSigner([SigningKey(kid="test", secret=b"s" * 32)]),
+        signer=SIGNER,
         journal=MemoryJournal(),
     )
     metrics.watch(service.core, clock=service.clock)

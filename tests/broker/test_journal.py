@@ -25,29 +25,12 @@ from conserve_broker.journal import (
     open_journal,
 )
 from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
-from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
-from conserve_sdk.core.receipt import Receipt
+from conserve_sdk.core.lease import Lease
+
+from .journal_writer import LEASE
 
 WRITER = Path(__file__).with_name("journal_writer.py")
 BUDGET_S = 30.0
-
-LEASE = Lease(
-    lease_id="l-1",
-    key=LeaseKey(tenant="default", conversation_id="c", lineage="main", model="m"),
-    epoch=1,
-    mode=Mode.LOCAL,
-    prefiller=None,
-    decoder=EngineBinding(engine_id="d0", url="http://d0", incarnation="1"),
-    granted_at_ms=1,
-    ttl_ms=60_000,
-    expires_at_ms=60_001,
-    ledger_tokens=10,
-    hold_ms=0,
-    append_threshold_tokens=0,
-    supersedes=None,
-    receipt=Receipt(preset="default", rule="r", prefill_rule="p", need_tokens=10, waited_ms=0, candidates=()),
-    activity_since_ms=1,
-)
 
 
 def lease(number: int, **changes: Any) -> Lease:

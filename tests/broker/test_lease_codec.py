@@ -11,6 +11,8 @@ from conserve_broker._lease_codec import decode, encode
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
 
+from .journal_writer import LEASE as WRITTEN
+
 texts = st.text(min_size=1, max_size=12)
 counts = st.integers(min_value=0, max_value=2**53)
 bindings = st.builds(EngineBinding, engine_id=texts, url=texts, incarnation=texts)
@@ -75,25 +77,7 @@ CANDIDATE = CandidateView(
     rate_tokens_per_s=4,
     score_us=3,
 )
-LEASE = Lease(
-    lease_id="l-1",
-    key=LeaseKey(tenant="default", conversation_id="c", lineage="main", model="m"),
-    epoch=1,
-    mode=Mode.LOCAL,
-    prefiller=None,
-    decoder=EngineBinding(engine_id="d0", url="http://d0", incarnation="1"),
-    granted_at_ms=1,
-    ttl_ms=60_000,
-    expires_at_ms=60_001,
-    ledger_tokens=10,
-    hold_ms=0,
-    append_threshold_tokens=0,
-    supersedes=None,
-    receipt=Receipt(
-        preset="default", rule="r", prefill_rule="p", need_tokens=10, waited_ms=0, candidates=(CANDIDATE, CANDIDATE)
-    ),
-    activity_since_ms=1,
-)
+LEASE = replace(WRITTEN, receipt=replace(WRITTEN.receipt, candidates=(CANDIDATE, CANDIDATE)))
 
 
 @given(leases)

@@ -21,9 +21,7 @@ from conserve_sdk.core import (
     BrokerSettings,
     EngineConfigured,
     EngineId,
-    EngineObserved,
     EngineSpec,
-    Incarnation,
     Lease,
     Ms,
     TenantId,
@@ -31,9 +29,9 @@ from conserve_sdk.core import (
 )
 from conserve_sdk.protocol import BatchAnswer, LeaseGrant, Problem
 from conserve_sdk.testing import FakeClock, small_fleet
-from conserve_sdk.tokens import SigningKey, TokenSigner
 
-SIGNER = TokenSigner([SigningKey(kid="test", secret=b"s" * 32)])
+from .in_process import SIGNER, observe
+
 SETTINGS = BrokerSettings(placement=PAPER)
 BIG = 32_000
 # Two big conversations fill the decoder.
@@ -71,24 +69,6 @@ class HeldJournal(MemoryJournal):
 
 def service_of(journal: MemoryJournal, *, engines: Sequence[EngineSpec] = FLEET, **options: Any) -> BrokerService:
     return BrokerService(options.pop("settings", SETTINGS), engines=engines, signer=SIGNER, journal=journal, **options)
-
-
-def observe(service: BrokerService, *, incarnation: str = "one", running: int = 0) -> None:
-    for view in service.core.engines():
-        service.feed(
-            EngineObserved(
-                now_ms=service.clock.now_ms(),
-                engine_id=view.engine_id,
-                incarnation=Incarnation(incarnation),
-                models=(view.spec.model,),
-                kv_capacity_tokens=Tokens(100_000),
-                kv_used_tokens=Tokens(0),
-                block_size_tokens=Tokens(16),
-                max_model_len_tokens=Tokens(32_768),
-                running=running,
-                waiting=0,
-            )
-        )
 
 
 async def send(service: BrokerService, method: str, path: str, body: Any = None, **options: Any) -> Reply | Waiter:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conserve_lab.calibration import Cells, DecodeCell, FittedEngine, PrefillCell, cell_errors, fit
+from conserve_lab.calibration import Cells, FittedEngine, cell_errors, fit
 from conserve_lab.calibration.virtual import foresee
 from conserve_lab.cli import lab_main
 from conserve_lab.engine_model import EngineModelConfig, EngineRequest, StepCost
@@ -17,6 +17,8 @@ from conserve_lab.live.thin_client import StreamFailed, stream_tokens
 from conserve_lab.replay import ConversationSample, TurnSample
 from conserve_lab.vllm.counters import EngineCounters
 from conserve_lab.workloads import Conversation, Turn
+
+from .known_engine import CHUNK, cells_of
 
 KNOWN = FittedEngine(
     cost=StepCost(
@@ -29,29 +31,12 @@ KNOWN = FittedEngine(
     ),
     front_us=8_000,
 )
-CHUNK = 2048
 
 
 def _cells() -> Cells:
     grid = Grid()
-    decode = [
-        DecodeCell(sequences=count, context_tokens=count * tokens, step_us=1)
-        for count in grid.sequences
-        for tokens in grid.context_tokens
-    ]
-    prefill = [PrefillCell(prompt_tokens=tokens, first_token_us=1) for tokens in grid.prefill_tokens]
-    return Cells(
-        source="known",
-        engine="known",
-        max_num_batched_tokens=CHUNK,
-        decode=tuple(
-            DecodeCell(sequences=c.sequences, context_tokens=c.context_tokens, step_us=KNOWN.decode_us(c))
-            for c in decode
-        ),
-        prefill=tuple(
-            PrefillCell(prompt_tokens=c.prompt_tokens, first_token_us=KNOWN.prefill_us(c, chunk_tokens=CHUNK))
-            for c in prefill
-        ),
+    return cells_of(
+        KNOWN, sequences=grid.sequences, context_tokens=grid.context_tokens, prompt_tokens=grid.prefill_tokens
     )
 
 

@@ -13,7 +13,6 @@ from conserve_lab.calibration import (
     Cells,
     DecodeCell,
     FittedEngine,
-    PrefillCell,
     cell_errors,
     fit,
     load_cells,
@@ -21,6 +20,8 @@ from conserve_lab.calibration import (
 )
 from conserve_lab.cli import lab_main
 from conserve_lab.engine_model import StepCost
+
+from .known_engine import CHUNK, cells_of
 
 TRUE = FittedEngine(
     cost=StepCost(
@@ -33,28 +34,14 @@ TRUE = FittedEngine(
     ),
     front_us=20_000,
 )
-CHUNK = 2_048
 
 
 def _cells() -> Cells:
-    decode = [
-        DecodeCell(sequences=count, context_tokens=count * length, step_us=1)
-        for count in (1, 8, 32, 128)
-        for length in (128, 1_024, 4_096)
-    ]
-    prefill = [PrefillCell(prompt_tokens=length, first_token_us=1) for length in (128, 512, 4_096, 16_384, 65_536)]
-    return Cells(
-        source="made up",
-        engine="an engine",
-        max_num_batched_tokens=CHUNK,
-        decode=tuple(
-            DecodeCell(sequences=c.sequences, context_tokens=c.context_tokens, step_us=TRUE.decode_us(c))
-            for c in decode
-        ),
-        prefill=tuple(
-            PrefillCell(prompt_tokens=c.prompt_tokens, first_token_us=TRUE.prefill_us(c, chunk_tokens=CHUNK))
-            for c in prefill
-        ),
+    return cells_of(
+        TRUE,
+        sequences=(1, 8, 32, 128),
+        context_tokens=(128, 1_024, 4_096),
+        prompt_tokens=(128, 512, 4_096, 16_384, 65_536),
     )
 
 
