@@ -12,12 +12,15 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
+from pydantic_core import from_json, to_json
+
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.lease import EngineBinding, Lease, Mode
 from conserve_sdk.core.units import (
     ConversationId,
@@ -128,6 +131,7 @@ class SigningKey:
         return hmac.compare_digest(self.signature(signed), signature)
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseClaims:
     """What a token says about its lease, as of the moment it was signed.
@@ -287,13 +291,13 @@ def _base64url(data: bytes) -> str:
 
 
 def _encode(fields: dict[str, Any]) -> str:
-    return _base64url(json.dumps(fields, separators=(",", ":")).encode("ascii"))
+    return _base64url(to_json(fields))
 
 
 def _decode(part: str) -> dict[str, Any]:
     try:
-        fields = json.loads(base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, RecursionError) as problem:
+        fields = from_json(base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError) as problem:
         raise TokenInvalid("a part of the token is not base64url of JSON") from problem
     if not isinstance(fields, dict):
         raise TokenInvalid("a part of the token is not a JSON object")
@@ -334,8 +338,8 @@ def _claims(fields: dict[str, Any]) -> LeaseClaims:
     if fields.get("iss") != _ISSUER or fields.get("ver") != _VERSION:
         raise TokenInvalid(f"not a lease token of version {_VERSION}")
     try:
-        decoder = _unpacked(fields["decoder"])
-        prefiller = None if fields["prefiller"] is None else _unpacked(fields["prefiller"])
+        decoder = _binding(*fields["decoder"])
+        prefiller = None if fields["prefiller"] is None else _binding(*fields["prefiller"])
         return LeaseClaims(
             lease_id=LeaseId(_text(fields["sub"])),
             epoch=_whole(fields["epoch"]),
@@ -359,8 +363,9 @@ def _claims(fields: dict[str, Any]) -> LeaseClaims:
         raise TokenInvalid(f"the token lacks a claim or holds one of the wrong kind ({problem})") from problem
 
 
-def _unpacked(parts: Any) -> EngineBinding:
-    engine_id, url, incarnation = parts
+@lru_cache(maxsize=4096)
+def _binding(engine_id: Any, url: Any, incarnation: Any) -> EngineBinding:
+    """Few engines, many tokens."""
     return EngineBinding(
         engine_id=EngineId(_text(engine_id)), url=_text(url), incarnation=Incarnation(_text(incarnation))
     )

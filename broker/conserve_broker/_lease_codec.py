@@ -1,6 +1,7 @@
 """A lease as two lines of compact JSON arrays and back, without loss: first the lease, then its receipt.
 
-Arrays instead of objects: a row is half as long. The order of the fields below is the format of the journal; changing
+Arrays instead of objects: a row is half as long. The order of the fields below, and of `CandidateView`, is the format of
+the journal; changing
 it means another `SCHEMA_VERSION` in `_journal_file.py`. The receipt stands apart because it is most of the row and
 hardly ever read: a broker that recovers leaves it as text until somebody asks.
 """
@@ -9,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from pydantic_core import from_json, to_json
 
-from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
+from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import CandidateView, Receipt
 
-_D = TypeVar("_D", Lease, LeaseKey, EngineBinding, CandidateView)
+_D = TypeVar("_D", Lease, LeaseKey)
 
 _LEASE = (
     "lease_id", "key", "epoch", "mode", "prefiller", "decoder", "activity", "granted_at_ms", "ttl_ms", "expires_at_ms",
@@ -28,12 +28,6 @@ _LEASE = (
 _KEY = ("tenant", "conversation_id", "lineage", "model")
 _BINDING = ("engine_id", "url", "incarnation")
 _RECEIPT = ("preset", "rule", "prefill_rule", "need_tokens", "waited_ms", "candidates")
-_CANDIDATE = (
-    "engine_id", "role", "verdict", "capacity_tokens", "leased_tokens", "used_tokens", "backlog_tokens", "running",
-    "rate_tokens_per_s", "score_us", "active_tokens", "prefill_share_ppm", "uncached_tokens",
-)  # fmt: skip
-_CANDIDATE_TAIL = (0, 0, -1)
-"""What the last fields of a candidate are where the row is of format 1, which had not these three."""
 _RECEIPT_AT = 6
 """Where the receipt stood in rows of formats 1 and 2, which are of one line."""
 
@@ -73,8 +67,8 @@ def decode(row: str) -> Lease:
                 _key(key),
                 epoch,
                 _MODES[mode],
-                prefiller and _binding(tuple(prefiller)),
-                _binding(tuple(decoder)),
+                prefiller and binding_of(*prefiller),
+                binding_of(*decoder),
                 _ACTIVITIES[activity],
                 *rest,
                 receipt,
@@ -114,7 +108,7 @@ def _receipt_text(receipt: Receipt) -> str:
     if isinstance(receipt, _StoredReceipt):
         return receipt._text  # noqa: SLF001  # this module's own class
     *head, candidates = _receipt_values(receipt)
-    return to_json([*head, list(map(_candidate_values, candidates))]).decode()
+    return to_json([*head, list(map(tuple, candidates))]).decode()
 
 
 def _receipt(values: list[Any]) -> Receipt:
@@ -125,7 +119,7 @@ def _receipt(values: list[Any]) -> Receipt:
         prefill_rule=prefill_rule,
         need_tokens=need_tokens,
         waited_ms=waited_ms,
-        candidates=tuple([_candidate(_whole(candidate)) for candidate in candidates]),
+        candidates=tuple([CandidateView(*candidate) for candidate in candidates]),
     )
 
 
@@ -145,19 +139,11 @@ def _maker(kind: type[_D], names: tuple[str, ...]) -> Callable[[Iterable[Any]], 
     return make
 
 
-def _whole(candidate: list[Any]) -> list[Any]:
-    missing = len(_CANDIDATE) - len(candidate)
-    return candidate if missing != len(_CANDIDATE_TAIL) else [*candidate, *_CANDIDATE_TAIL]
-
-
 _lease_values = attrgetter(*_LEASE)
 _key_values = attrgetter(*_KEY)
 _binding_values = attrgetter(*_BINDING)
 _receipt_values = attrgetter(*_RECEIPT)
-_candidate_values = attrgetter(*_CANDIDATE)
 _MODES = {mode.value: mode for mode in Mode}
 _ACTIVITIES = {activity.value: activity for activity in Activity}
 _lease = _maker(Lease, _LEASE)
 _key = _maker(LeaseKey, _KEY)
-_binding = lru_cache(maxsize=4096)(_maker(EngineBinding, _BINDING))  # few engines, many leases
-_candidate = _maker(CandidateView, _CANDIDATE)

@@ -119,6 +119,8 @@ class Logbook:
     def _granted(self, granted: Granted) -> None:
         lease = granted.lease
         asker = self._waiting.pop(granted.request_id, None)
+        if not self._log.isEnabledFor(logging.INFO):
+            return  # collecting what nobody reads would cost as much as the decision
         self._log.info(
             "lease_granted",
             lease_id=lease.lease_id,

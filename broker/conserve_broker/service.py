@@ -313,8 +313,8 @@ class BrokerService:
         drains = [
             DrainFlag(event.engine_id, event.draining) for event in outcome.events if isinstance(event, EngineDrained)
         ]
-        if outcome.changes or drains:
-            self._submit([*outcome.changes, *drains])
+        changes = [*outcome.changes, *drains]
+        self._submit(changes)
         commit = self._commit if self._commit is not None and not self._commit.done() else None
         for request_id, reply in outcome.settled:
             future = self._waiters.pop(request_id, None)
@@ -323,8 +323,8 @@ class BrokerService:
         self._observer.decided(outcome)
         self._logbook.write(outcome)
         self._arm_timer()
-        granted = outcome.reply is not None and isinstance(outcome.reply.body, LeaseGrant)
-        return commit if outcome.changes or drains or granted else None
+        granted = outcome.reply is not None and type(outcome.reply.body) is LeaseGrant
+        return commit if changes or granted else None
 
     def _submit(self, changes: Sequence[Change]) -> None:
         """Have the changes written; whatever else this round of the loop brings goes with them."""

@@ -63,7 +63,7 @@ class Reply:
     @property
     def media_type(self) -> str:
         """`application/problem+json` for problems, else `application/json`."""
-        return PROBLEM_MEDIA_TYPE if isinstance(self.body, Problem) else "application/json"
+        return PROBLEM_MEDIA_TYPE if type(self.body) is Problem else "application/json"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -71,7 +71,7 @@ class Reply:
         headers: dict[str, str] = {}
         if self.body is not None:
             headers["content-type"] = self.media_type
-        if isinstance(self.body, Problem) and self.body.retry_after_ms:
+        if type(self.body) is Problem and self.body.retry_after_ms:
             headers["retry-after"] = str(-(-self.body.retry_after_ms // 1000))
         if self.challenge or self.status == 401:
             headers["www-authenticate"] = self.challenge or "Lease"

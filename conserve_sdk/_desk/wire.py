@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from conserve_sdk.core import Advice, Broker, EngineView
 from conserve_sdk.core.lease import EngineBinding, Lease
-from conserve_sdk.core.receipt import CandidateView, Receipt
+from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import EngineId, Ms
 from conserve_sdk.protocol import (
     AdviceInfo,
     Binding,
-    CandidateInfo,
     DecisionInfo,
     EngineInfo,
     FindingInfo,
@@ -26,37 +25,12 @@ RENEWALS_PER_TTL = 3
 
 def binding_info(binding: EngineBinding) -> Binding:
     """One engine as a lease names it."""
-    return Binding(engine_id=binding.engine_id, url=binding.url, incarnation=binding.incarnation)
+    return Binding.model_validate(binding, from_attributes=True)
 
 
 def decision_info(receipt: Receipt) -> DecisionInfo:
-    """A placement's receipt."""
-    return DecisionInfo(
-        preset=receipt.preset,
-        rule=receipt.rule,
-        prefill_rule=receipt.prefill_rule,
-        need_tokens=receipt.need_tokens,
-        waited_ms=receipt.waited_ms,
-        candidates=tuple(_candidate_info(candidate) for candidate in receipt.candidates),
-    )
-
-
-def _candidate_info(candidate: CandidateView) -> CandidateInfo:
-    return CandidateInfo(
-        engine_id=candidate.engine_id,
-        role=candidate.role,
-        verdict=candidate.verdict,
-        capacity_tokens=candidate.capacity_tokens,
-        leased_tokens=candidate.leased_tokens,
-        used_tokens=candidate.used_tokens,
-        backlog_tokens=candidate.backlog_tokens,
-        running=candidate.running,
-        rate_tokens_per_s=candidate.rate_tokens_per_s,
-        score_us=candidate.score_us,
-        active_tokens=candidate.active_tokens,
-        prefill_share_ppm=candidate.prefill_share_ppm,
-        uncached_tokens=candidate.uncached_tokens,
-    )
+    """A placement's receipt. Read by pydantic, field by field of the same name: it is the longest part of a grant."""
+    return DecisionInfo.model_validate(receipt, from_attributes=True)
 
 
 def lease_grant(lease: Lease, *, token: str, now_ms: Ms, reused: bool) -> LeaseGrant:

@@ -22,7 +22,7 @@ from conserve_sdk.core.events import (
     SupersedeRequested,
     Waiting,
 )
-from conserve_sdk.core.lease import Activity, EngineBinding, Lease, Mode
+from conserve_sdk.core.lease import Activity, EngineBinding, Lease, Mode, binding_of
 from conserve_sdk.core.placement import NoPlacement, Placement, Wanted, place, refusal_receipt
 from conserve_sdk.core.prefill import append_threshold_tokens
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, LeaseId, Ms, Tokens
@@ -292,7 +292,7 @@ def _append_threshold(state: State, pending: Pending, placement: Placement) -> T
 
 
 def _binding(view: EngineView) -> EngineBinding:
-    return EngineBinding(engine_id=view.engine_id, url=view.spec.url, incarnation=view.incarnation or Incarnation(""))
+    return binding_of(view.engine_id, view.spec.url, view.incarnation or Incarnation(""))
 
 
 def _hold_ms(state: State, placement: Placement) -> Ms:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from conserve_sdk.core._state import State
 from conserve_sdk.core.admission import Pending
 from conserve_sdk.core.events import EngineState, MoveReason, Role
-from conserve_sdk.core.hosting import Host, gap_exceeds, host_of, host_verdict, hosts_of, lowest_load
+from conserve_sdk.core.hosting import Host, gap_exceeds, host_of, hosts_of, judge, lowest_load
 from conserve_sdk.core.lease import Activity, Lease
 from conserve_sdk.core.placement import Placement
 from conserve_sdk.core.prefill import PrefillPlan, plan_prefill
@@ -182,14 +182,9 @@ def _in_a_gap(state: State, lease: Lease) -> bool:
 def _others(state: State, source: EngineView, lease: Lease, need: int, failed_engine_id: EngineId | None) -> list[Host]:
     engines = [view for view in state.fleet.views_of_model(lease.key.model) if view is not source]
     hosts = hosts_of(engines, rules=state.settings.placement)
-    for host in hosts:
-        host.verdict = host_verdict(
-            host,
-            need_tokens=need,
-            failed_engine_id=failed_engine_id,
-            settings=state.settings,
-            now_ms=state.now_ms,
-        )
+    judge(
+        hosts, need_tokens=need, failed_engine_id=failed_engine_id, settings=state.settings, now_ms=state.now_ms
+    )
     return hosts
 
 

@@ -61,10 +61,11 @@ class Backlog:
 
     def prune(self, *, until_ms: int) -> bool:
         """Forget what was dispatched at or before this instant; returns whether anything was."""
-        aged = [lease_id for lease_id, dispatch in self._dispatched.items() if dispatch.at_ms <= until_ms]
-        for lease_id in aged:
-            self.finish(lease_id)
-        return bool(aged)
+        pruned = False
+        while (oldest_at_ms := self.oldest_at_ms) is not None and oldest_at_ms <= until_ms:
+            self._tokens -= self._dispatched.popitem(last=False)[1].tokens
+            pruned = True
+        return pruned
 
     def clear(self) -> None:
         """The engine restarted: whatever it had to do is lost."""

@@ -35,8 +35,9 @@ class Host:
         active_tokens, leased_tokens: KV that counts against it before this lease.
         limit_tokens: most active KV under the watermark: the largest integer x with ``x * 10^6 <= OVER * capacity``.
         leased_limit_tokens: most leased KV.
+        room_tokens: the largest lease it could take if it is seen often enough; below 0: none at all.
+        base_load, token_load: load without this lease, and of each of its tokens; times capacity times 10^6.
         used_ppm: active KV over capacity.
-        constant_ppm: load that does not come from KV.
         gated: whether it is a prefiller that prefills too much to host.
         rules: by which it was weighed.
         verdict: see `CandidateView`.
@@ -47,17 +48,17 @@ class Host:
     leased_tokens: int
     limit_tokens: int
     leased_limit_tokens: int
+    room_tokens: int
+    base_load: int
+    token_load: int
+    used_ppm: int
+    gated: bool
     rules: PlacementSettings
-    used_ppm: int = 0
-    constant_ppm: int = 0
-    gated: bool = False
     verdict: str = ""
 
     def load(self, need_tokens: int) -> int:
         """Load with so many tokens more, times capacity times 10^6."""
-        weight_ppm = self.rules.leased_weight_ppm
-        kv_load = (self.active_tokens + need_tokens) * MILLION + weight_ppm * (self.leased_tokens + need_tokens)
-        return kv_load + self.constant_ppm * self.view.kv_capacity_tokens
+        return self.base_load + self.token_load * need_tokens
 
 
 def hosts_of(
@@ -78,31 +79,39 @@ def hosts_of(
     return hosts
 
 
-def host_verdict(
-    host: Host, *, need_tokens: int, failed_engine_id: EngineId | None, settings: BrokerSettings, now_ms: Ms
-) -> str:
-    """``"fits"``, or why the engine cannot take so many tokens now."""
+def judge(
+    hosts: Iterable[Host], *, need_tokens: int, failed_engine_id: EngineId | None, settings: BrokerSettings, now_ms: Ms
+) -> list[Host]:
+    """Give every host its verdict on so many tokens, and return those that can take them now."""
+    seen_since_ms = now_ms - settings.observation_max_age_ms
+    fitting = []
+    for host in hosts:
+        view = host.view
+        # Of a large fleet most fit, and what else could be against them was looked at when they were weighed.
+        fresh = view.observed_at_ms is not None and view.observed_at_ms >= seen_since_ms
+        if fresh and need_tokens <= host.room_tokens and view.spec.engine_id != failed_engine_id:
+            host.verdict = "fits"
+            fitting.append(host)
+        elif view.spec.engine_id == failed_engine_id:
+            host.verdict = "failed"
+        else:
+            host.verdict = _why_not(host, need_tokens, settings, fresh=fresh)
+    return fitting
+
+
+def _why_not(host: Host, need_tokens: int, settings: BrokerSettings, *, fresh: bool) -> str:
     view = host.view
-    if failed_engine_id is not None and view.spec.engine_id == failed_engine_id:
-        return "failed"
     if view.state is not EngineState.READY:
         return view.state.value
-    if not view.observed_within(settings.observation_max_age_ms, now_ms=now_ms):
+    if not fresh:
         return "stale"
-    return _room_verdict(host, need_tokens, settings)
-
-
-def _room_verdict(host: Host, need_tokens: int, settings: BrokerSettings) -> str:
-    view = host.view
     if view.kv_capacity_tokens == 0:
         return "capacity_unknown"
     if 0 < view.max_model_len_tokens < need_tokens - settings.placement.reserve_tokens:
         return "prompt_too_long"
     if host.gated:
         return "prefilling"
-    if host.active_tokens + need_tokens > host.limit_tokens:
-        return "over_watermark"
-    return "fits" if host.leased_tokens + need_tokens <= host.leased_limit_tokens else "oversubscribed"
+    return "over_watermark" if host.active_tokens + need_tokens > host.limit_tokens else "oversubscribed"
 
 
 def lowest_load(fitting: Sequence[Host], *, need_tokens: int) -> Host:
@@ -128,7 +137,6 @@ def host_of(view: EngineView, rules: PlacementSettings) -> Host:
     host: Host | None = view.derived.get(Host)
     if host is None or host.rules is not rules:
         host = view.derived[Host] = _weighed(view, rules, 0)
-    host.verdict = ""  # of an earlier decision
     return host
 
 
@@ -148,14 +156,21 @@ def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> H
         leased_limit = min(capacity * rules.oversubscription_ppm // MILLION, capacity + view.spec.host_tier_tokens)
     if freed_tokens:
         active, leased = max(active - freed_tokens, 0), max(leased - freed_tokens, 0)
+    room = -1
+    if view.state is EngineState.READY and capacity and not gated:
+        room = min(limit - active, leased_limit - leased)
+        if view.max_model_len_tokens:
+            room = min(room, view.max_model_len_tokens + rules.reserve_tokens)
     return Host(
         view,
         active,
         leased,
         limit,
         leased_limit,
-        rules,
+        room,
+        base_load=active * MILLION + rules.leased_weight_ppm * leased + constant * capacity,
+        token_load=MILLION + rules.leased_weight_ppm,
         used_ppm=active * MILLION // max(capacity, 1),
-        constant_ppm=constant,
         gated=gated,
+        rules=rules,
     )

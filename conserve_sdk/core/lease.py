@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.receipt import Receipt
@@ -60,6 +61,12 @@ class EngineBinding:
     engine_id: EngineId
     url: str
     incarnation: Incarnation
+
+
+@lru_cache(maxsize=4_096)
+def binding_of(engine_id: EngineId, url: str, incarnation: Incarnation) -> EngineBinding:
+    """An engine as leases name it, one object for all of them: there are few engines and many leases."""
+    return EngineBinding(engine_id=engine_id, url=url, incarnation=incarnation)
 
 
 @quick_init

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from conserve_sdk.core.events import RefusalReason
-from conserve_sdk.core.hosting import Host, gap_exceeds, host_verdict, hosts_of, lowest_load
+from conserve_sdk.core.hosting import Host, gap_exceeds, hosts_of, judge, lowest_load
 from conserve_sdk.core.prefill import plan_prefill
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.receipts import receipt_of
@@ -107,11 +107,9 @@ def place(
     need = Tokens(input_tokens + settings.placement.reserve_tokens)
     if wanted.quota_tokens and wanted.tenant_tokens + need > wanted.quota_tokens:
         return _over_quota(wanted, need)
-    for host in hosts:
-        host.verdict = host_verdict(
-            host, need_tokens=need, failed_engine_id=wanted.failed_engine_id, settings=settings, now_ms=now_ms
-        )
-    fitting = [host for host in hosts if host.verdict == "fits"]
+    fitting = judge(
+        hosts, need_tokens=need, failed_engine_id=wanted.failed_engine_id, settings=settings, now_ms=now_ms
+    )
     if not fitting:
         return _nothing_fits(wanted, need, hosts, settings)
     chosen, rule = _choose_decoder(fitting, wanted, need, settings)

@@ -6,15 +6,13 @@ Every grant and every refusal carries one; `conserve explain LEASE` prints it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import EngineId, Tokens
 
 
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidateView:
-    """One engine as placement saw it.
+class CandidateView(NamedTuple):
+    """One engine as placement saw it. A tuple: a busy broker keeps hundreds of thousands of them.
 
     Attributes:
         role: the part it was weighed for: ``"decoder"`` or ``"prefiller"``.

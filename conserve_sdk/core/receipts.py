@@ -8,7 +8,7 @@ from conserve_sdk.core.hosting import Host
 from conserve_sdk.core.prefill import PrefillPlan
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.settings import BrokerSettings
-from conserve_sdk.core.units import EngineId, Tokens
+from conserve_sdk.core.units import Tokens
 
 
 def receipt_of(
@@ -50,8 +50,6 @@ def _shortlist(hosts: Sequence[Host], entries_max: int) -> Sequence[Host]:
     if len(hosts) <= entries_max:
         return hosts
 
-    def rank(host: Host) -> tuple[int, int, EngineId]:
-        order = 0 if host.verdict == "chosen" else 1 if host.verdict == "fits" else 2
-        return order, host.used_ppm, host.view.spec.engine_id
-
-    return sorted(sorted(hosts, key=rank)[:entries_max], key=lambda host: host.view.spec.engine_id)
+    ranks = {"chosen": 0, "fits": 1}
+    ranked = sorted([(ranks.get(host.verdict, 2), host.used_ppm, host.view.spec.engine_id, host) for host in hosts])
+    return sorted([host for *_, host in ranked[:entries_max]], key=lambda host: host.view.spec.engine_id)

@@ -129,8 +129,8 @@ def test_rows_of_the_first_formats_are_read(candidate_fields: int) -> None:
 
 
 def test_a_candidate_that_lacks_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        decode(_one_line(LEASE, 9))
+    with pytest.raises(ValueError, match="missing"):
+        decode(_one_line(LEASE, 8))
 
 
 def test_a_lease_that_changed_is_written_with_the_receipt_it_had() -> None:
