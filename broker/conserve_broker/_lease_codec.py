@@ -1,9 +1,8 @@
 """A lease as two lines of compact JSON arrays and back, without loss: first the lease, then its receipt.
 
-Arrays instead of objects: a row is half as long. The order of the fields below, and of `CandidateView`, is the format of
-the journal; changing
-it means another `SCHEMA_VERSION` in `_journal_file.py`. The receipt stands apart because it is most of the row and
-hardly ever read: a broker that recovers leaves it as text until somebody asks.
+Arrays instead of objects: a row is half as long. The order of the fields below, and of `CandidateView`, is the format
+of the journal; changing it means another `SCHEMA_VERSION` in `_journal_file.py`. The receipt stands apart because it is
+most of the row and hardly ever read: a broker that recovers leaves it as text until somebody asks.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic_core import from_json, to_json
 
-from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode, binding_of
+from conserve_sdk.core.lease import Activity, Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import CandidateView, Receipt
 
 _D = TypeVar("_D", Lease, LeaseKey)

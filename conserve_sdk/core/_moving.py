@@ -182,9 +182,7 @@ def _in_a_gap(state: State, lease: Lease) -> bool:
 def _others(state: State, source: EngineView, lease: Lease, need: int, failed_engine_id: EngineId | None) -> list[Host]:
     engines = [view for view in state.fleet.views_of_model(lease.key.model) if view is not source]
     hosts = hosts_of(engines, rules=state.settings.placement)
-    judge(
-        hosts, need_tokens=need, failed_engine_id=failed_engine_id, settings=state.settings, now_ms=state.now_ms
-    )
+    judge(hosts, need_tokens=need, failed_engine_id=failed_engine_id, settings=state.settings, now_ms=state.now_ms)
     return hosts
 
 

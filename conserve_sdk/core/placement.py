@@ -107,9 +107,7 @@ def place(
     need = Tokens(input_tokens + settings.placement.reserve_tokens)
     if wanted.quota_tokens and wanted.tenant_tokens + need > wanted.quota_tokens:
         return _over_quota(wanted, need)
-    fitting = judge(
-        hosts, need_tokens=need, failed_engine_id=wanted.failed_engine_id, settings=settings, now_ms=now_ms
-    )
+    fitting = judge(hosts, need_tokens=need, failed_engine_id=wanted.failed_engine_id, settings=settings, now_ms=now_ms)
     if not fitting:
         return _nothing_fits(wanted, need, hosts, settings)
     chosen, rule = _choose_decoder(fitting, wanted, need, settings)
