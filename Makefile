@@ -22,7 +22,7 @@ demo-vllm: $(STAMP) vllm-venv  ## the same agents on real vLLM on CPU: one prefi
 
 test: $(STAMP)  ## every test that needs no vLLM, with the coverage gate
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not vllm"
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal -m "not vllm"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered --skip-empty --fail-under=90
 	$(BIN)/coverage report --include='conserve_sdk/core/*' --skip-covered --fail-under=100

@@ -90,6 +90,7 @@ def test_agents_cannot_drain_and_workers_see_no_lease() -> None:
         "Bearer é\x00ß",
         f"Bearer {RED.table.sha256}",
     ],
+    ids=["guessed", "longer", "shorter", "nobody", "huge", "no_text", "hash"],
 )
 async def test_a_wrong_key_is_unknown_whatever_is_wrong_with_it(house: House, sent: str) -> None:
     answer = await house.http.get("/v1/fleet", headers={"authorization": sent.encode("latin-1")})
@@ -99,7 +100,11 @@ async def test_a_wrong_key_is_unknown_whatever_is_wrong_with_it(house: House, se
     assert sent.removeprefix("Bearer ") not in answer.text
 
 
-@pytest.mark.parametrize("sent", ["", "Basic abc", "Bearer", "Bearer  ", f"Lease {RED.text}"])
+@pytest.mark.parametrize(
+    "sent",
+    ["", "Basic abc", "Bearer", "Bearer  ", f"Lease {RED.text}"],
+    ids=["none", "basic", "bare", "blank", "lease"],
+)
 async def test_another_scheme_is_no_key(house: House, sent: str) -> None:
     assert problem(await house.ask("GET", "/v1/fleet", sent)).code == "key_missing"
 
