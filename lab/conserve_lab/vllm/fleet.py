@@ -33,7 +33,7 @@ from conserve_lab.vllm._model import ModelShape, eos_token_id, make_model
 from conserve_lab.vllm._ports import free_ports, wait_free
 from conserve_lab.vllm.counters import EngineCounters, parse_counters
 from conserve_lab.vllm.errors import VllmEngineDiedError, VllmMissingError, VllmStartError
-from conserve_lab.vllm.install import is_installed, python_of
+from conserve_lab.vllm.install import installed_version, python_of
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens
 
 __all__ = ["FleetOptions", "VllmFleet", "find_venv"]
@@ -103,7 +103,7 @@ def find_venv(venv: Path | None = None) -> Path:
         VllmMissingError: There is none, or it was made from other pins.
     """
     place = venv or Path(os.environ.get(VENV_VARIABLE, DEFAULT_VENV))
-    if not is_installed(place):
+    if installed_version(place) is None:
         raise VllmMissingError(f"no vLLM in {place}; run: python -m conserve_lab.vllm {place}")
     return place
 
