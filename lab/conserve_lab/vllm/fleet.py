@@ -68,6 +68,7 @@ class FleetOptions:
         start_budget_s: How long the fleet, or one restarted engine, may take to be healthy.
         shape: The model.
         leased_holds: Ids of engines with ConServe's own connector: holds with a time of their own.
+        history_pulls: Ids of prefillers that may pull a conversation's KV from its decoder.
         host_tiers: Ids of engines with a host tier beside their cache.
         host_tier_tokens: Size of such a tier.
         guarded: Ids of engines that get a `LeaseGuard` in front; a broker then signs with `VllmFleet.token_key`.
@@ -86,6 +87,7 @@ class FleetOptions:
     shape: ModelShape = field(default_factory=ModelShape)
     guarded: frozenset[str] = frozenset()
     leased_holds: frozenset[str] = frozenset()
+    history_pulls: frozenset[str] = frozenset()
     host_tiers: frozenset[str] = frozenset()
     host_tier_tokens: Tokens = Tokens(65_536)
 
@@ -281,6 +283,7 @@ class VllmFleet:
                     max_sequences=options.max_sequences,
                     hold_ms=options.hold_ms,
                     leased_holds=f"{letter}{number}" in options.leased_holds,
+                    history_pulls=f"{letter}{number}" in options.history_pulls,
                     host_tier_tokens=Tokens(
                         options.host_tier_tokens if f"{letter}{number}" in options.host_tiers else 0
                     ),
