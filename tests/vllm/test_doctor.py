@@ -2,6 +2,9 @@
 
 import json
 
+from conserve_lab.vllm import find_venv
+from conserve_lab.vllm.install import installed_version
+from conserve_lab.vllm.pins import NEWEST
 from conserve_sdk.doctor import main
 
 
@@ -25,7 +28,9 @@ def test_a_healthy_fleet_by_its_urls(fleet, raw, capsys, monkeypatch):
     code, found = checks(capsys, *argv)
 
     assert code == 0, [finding for group in found.values() for finding in group if finding["verdict"] == "fail"]
-    for check in ("reachable", "version", "connector", "prefix_caching"):
+    measured = "ok" if installed_version(find_venv()) == NEWEST else "note"
+    assert set(verdicts(found, "version")) == {measured}, found["version"]
+    for check in ("reachable", "connector", "prefix_caching"):
         assert set(verdicts(found, check)) == {"ok"}, found[check]
     for check in ("same_model", "same_version", "same_block_size"):
         assert verdicts(found, check) == ["ok"], found[check]

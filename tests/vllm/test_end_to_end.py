@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from .leased import HOLD_OFF, Conversation, Meter, within
+from .leased import DECODERS, HOLD_OFF, Conversation, Meter, within
 
 TURNS = 6
 APIS = {"chat/completions": TURNS, "completions": 3, "responses": 3}
@@ -132,6 +132,7 @@ async def converse(stage, conserve, names, *, turns, words=150):
 async def test_eight_conversations_at_once_migrate_once_each_and_leave_nothing_behind(stage):
     broker = await anyio.to_thread.run_sync(stage.broker)
     meter = Meter(stage.fleet)
+    expired = sum(stage.fleet.metrics(engine_id).expired_holds for engine_id in DECODERS)
     names = [f"crowd {number}" for number in range(CONVERSATIONS)]
     async with stage.sdk(broker) as conserve:
         await converse(stage, conserve, names, turns=3)
@@ -143,6 +144,7 @@ async def test_eight_conversations_at_once_migrate_once_each_and_leave_nothing_b
     assert not any(record.error or record.loss for record in records)
     for engine_id in ("p0", "d0", "d1"):  # the prefiller's were fetched, the decoders' holds end by themselves
         stage.raw.settled(engine_id, lambda now: now.kv_used_tokens == 0, budget_s=90.0)
+    assert sum(stage.fleet.metrics(engine_id).expired_holds for engine_id in DECODERS) > expired
 
 
 async def test_with_the_default_preset_sdk_broker_and_engines_count_the_same_migrations(stage):

@@ -107,3 +107,6 @@ def test_the_broker_lets_go_for_a_conversation_that_ends_or_waits_for_a_human(id
         assert idle.identity("d0")["guard"]["released"] == freed + 1
         assert guarded_fleet.metrics("d0").expired_holds > expired, "vLLM counts what it freed without a reader"
         talk.ask(client)
+        assert conserve.flush(20)
+        conserve.release(talk.name)  # or the next test waits for the hold's end
+        idle.settled("d0", lambda now: now.kv_used_tokens == 0, budget_s=20.0)

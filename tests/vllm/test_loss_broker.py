@@ -1,5 +1,7 @@
 """A broker that restarts, dies or was never there, under conversations on real vLLM."""
 
+import time
+
 import pytest
 
 from conserve_sdk import BrokerUnavailable
@@ -11,7 +13,7 @@ GONE_BUDGET_S = 60.0
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_broker_that_restarts_knows_its_leases_again(stage, end):
+def test_a_broker_that_restarts_knows_its_leases_again(stage, end, recovered):
     broker = stage.broker(journal=True, **HOLD_OFF)
     conserve = stage.sdk(broker)
     client = stage.client(conserve)
@@ -24,8 +26,11 @@ def test_a_broker_that_restarts_knows_its_leases_again(stage, end):
     getattr(broker, end)()
     with within(GONE_BUDGET_S):
         talk.ask(client)
+    recovered(f"a broker is gone ({end}): a follow-up meanwhile", stage.last_s)
+    started_s = time.monotonic()
     broker.start()
     broker.wait_until_ready(timeout_s=GONE_BUDGET_S, engines=3)
+    recovered("from its start anew until it has all engines and leases again", time.monotonic() - started_s)
     with within(GONE_BUDGET_S):
         talk.ask(client)
         later.ask(client)
@@ -62,7 +67,7 @@ def test_live_leases_go_on_when_the_broker_is_gone_for_good(stage):
     assert meter.settled(requests=4, transfers=1).decoders.transfers == 1
 
 
-def test_without_any_broker_new_conversations_fall_back_and_are_counted(stage, fleet):
+def test_without_any_broker_new_conversations_fall_back_and_are_counted(stage, fleet, recovered):
     decoders = [fleet.engines["d0"].url, fleet.engines["d1"].api]
     with within(GONE_BUDGET_S):
         conserve = stage.sdk("http://127.0.0.1:9", fallback_engines=decoders)
@@ -73,6 +78,7 @@ def test_without_any_broker_new_conversations_fall_back_and_are_counted(stage, f
             talk.ask(client)
         conserve.close()
     records = stage.turns.records
+    recovered("there is no broker: a first turn on a fallback engine", records[0].duration_ms / 1000)
     assert {(record.loss, record.error, record.lease_id) for record in records} == {("broker_unavailable", "", None)}
     assert len({record.decoder_id for record in records}) == 1, "a conversation stays where its cache is"
     assert all(record.cached_tokens > 0 for record in records[1:])

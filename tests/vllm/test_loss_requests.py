@@ -27,7 +27,7 @@ def test_transfer_params_of_the_application_do_not_reach_vllm(stage, fleet):
     assert [record.migrated for record in stage.turns.records] == [True, False, False]
 
 
-def test_params_older_than_their_deadline_are_not_sent(stage, fleet):
+def test_params_older_than_their_deadline_are_not_sent(stage, fleet, recovered):
     network = stage.network()
     at_once = Timeouts(transfer_s=0.000_1)  # over before the next line of code runs
     client = stage.client(stage.sdk(stage.broker(**HOLD_OFF), engine_transport=network, timeouts=at_once))
@@ -35,6 +35,7 @@ def test_params_older_than_their_deadline_are_not_sent(stage, fleet):
     meter = Meter(fleet)
     with within(BUDGET_S):
         talk.ask(client)
+    recovered("the prefilled KV is too old to be fetched", stage.last_s)
     assert (stage.last.loss, stage.last.error, stage.last.migrated) == ("transfer_expired", "", False)
     assert [call.engine_id == "p0" for call in network.calls] == [True, False]
     assert not any(call.pulls for call in network.calls)
@@ -44,7 +45,7 @@ def test_params_older_than_their_deadline_are_not_sent(stage, fleet):
     assert (counted.decoders.transfers, counted.decoders.failed_transfers) == (0, 0)
 
 
-def test_a_retry_by_openai_does_not_send_params_again(stage):
+def test_a_retry_by_openai_does_not_send_params_again(stage, recovered):
     """Both decoders answer 500 until the SDK has given up once; each set of params goes out once at most."""
     failures = itertools.count(1)
 
@@ -62,11 +63,13 @@ def test_a_retry_by_openai_does_not_send_params_again(stage):
     prefills = [call for call in network.calls if call.engine_id == "p0"]
     assert len(pulls) == len(set(pulls)) == len(prefills) >= 1, "every set of params has its own prefill"
     first, last = stage.turns.records
+    both_s = (first.duration_ms + last.duration_ms) / 1000
+    recovered("four answers of 500, openai's own retry after them: both turns, without its pause", both_s)
     assert (first.error, first.loss) == ("http_500", "transfer_failed")
     assert last.error == ""
 
 
-def test_a_follow_up_longer_than_the_model_gets_vllms_own_words(stage, fleet):
+def test_a_follow_up_longer_than_the_model_gets_vllms_own_words(stage, fleet, recovered):
     client = stage.client(stage.sdk(stage.broker(**HOLD_OFF)))
     talk = Conversation(stage, "too long")
     talk.ask(client)
@@ -78,6 +81,7 @@ def test_a_follow_up_longer_than_the_model_gets_vllms_own_words(stage, fleet):
         client.chat.completions.create(**body, extra_headers={"X-ConServe-Conversation": "too long"})
     assert str(longest) in str(caught.value)
     assert caught.value.param == "input_tokens"
+    recovered("a prompt is too long: until the error", stage.last_s)
     assert stage.last.error == "http_400"
     talk.ask(client)
     assert (stage.last.lease_id, stage.last.hops, stage.last.loss) == (lease_id, 1, "")

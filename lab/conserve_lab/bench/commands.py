@@ -1,4 +1,4 @@
-"""The measurements of `conserve bench` that play traces in wall time: their options."""
+"""The measurements of `conserve bench` in wall time, on engines that compute or pretend to: their options."""
 
 from __future__ import annotations
 
@@ -193,6 +193,26 @@ def _emulator(
     return run_fidelity(run, json_path=json, console=_console())
 
 
+def _hold(
+    *,
+    json: Json = None,
+    vllm_venv: Annotated[Path | None, typer.Option(help="Environment that holds vLLM. Default: .venv-vllm")] = None,
+    hold_s: Annotated[int, typer.Option(min=2, max=120, help="How long a turn's KV is held.")] = 20,
+    turns: Annotated[int, typer.Option(min=2, max=50, help="Turns of each conversation.")] = 4,
+) -> int:
+    """What holds are worth on real vLLM, and what they cost: history computed again, and how long newcomers wait.
+
+    Starts one decoder of a tiny model on this machine's CPU. Exit code 1 when there is no vLLM.
+    """
+    from conserve_lab.vllm.hold_cost import HoldRun, run_holds
+
+    try:
+        run = HoldRun(hold_s=hold_s, turns=turns)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    return run_holds(run, venv=vllm_venv, json_path=json, console=_console())
+
+
 def _live_fleet(
     stack: ExitStack, named: list[str], broker: str, venv: Path | None, *, console: Console, plain: bool
 ) -> tuple[LiveFleet, Callable[[], object]]:
@@ -224,4 +244,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-LIVE_COMMANDS: dict[str, Callable[..., int]] = {"emulator": _emulator, "peers": _peers, "replay": _replay}
+LIVE_COMMANDS: dict[str, Callable[..., int]] = {
+    "emulator": _emulator,
+    "hold": _hold,
+    "peers": _peers,
+    "replay": _replay,
+}

@@ -24,6 +24,9 @@ BLOCK_TOKENS = Tokens(32)
 # The connector's own `kv_lease_duration`, which prefillers keep.
 STOCK_HOLD_MS = Ms(30_000)
 
+# How long a decoder keeps a turn's blocks by `bidirectional_kv_xfer`; vLLM's own 480 s are longer than tests wait.
+DECODER_BLOCKS_TTL_S = 2
+
 KV_ROLES: dict[Role, str] = {"prefiller": "kv_producer", "decoder": "kv_consumer", "both": "kv_both"}
 
 
@@ -45,6 +48,7 @@ class EngineSpec:
             wait vLLM's own 30 s for whoever fetches them.
         block_tokens: Size of a KV block.
         leased_holds: Whether its connector knows holds by lease.
+        history_pulls: Whether it may pull a conversation's KV from where that was decoded (`bidirectional_kv_xfer`).
         host_tier_tokens: KV that it may keep in host memory beside the cache; 0: none.
         kv_bytes_per_token: What a token of the host tier weighs.
         guard_key: The broker's token key as `kid=env:NAME`, for a `LeaseGuard` in front; "" starts none.
@@ -61,6 +65,7 @@ class EngineSpec:
     hold_ms: Ms
     block_tokens: Tokens = BLOCK_TOKENS
     leased_holds: bool = False
+    history_pulls: bool = False
     host_tier_tokens: Tokens = Tokens(0)
     kv_bytes_per_token: int = 0
     guard_key: str = ""
@@ -169,6 +174,9 @@ def _transfer_config(spec: EngineSpec) -> dict[str, Any]:
         config["kv_connector_extra_config"] = {"kv_lease_duration": spec.hold_ms // 1000}
         # A failed transfer then costs a local prefill; with vLLM's default it is an HTTP 500.
         config["kv_load_failure_policy"] = "recompute"
+    if spec.history_pulls:
+        pulls = {"bidirectional_kv_xfer": True, "decoder_kv_blocks_ttl": DECODER_BLOCKS_TTL_S}
+        config["kv_connector_extra_config"] = config.get("kv_connector_extra_config", {}) | pulls
     if spec.leased_holds:
         config["kv_connector_module_path"] = LEASED_MODULE
         config.setdefault("kv_connector_extra_config", {})["conserve_quiet"] = True

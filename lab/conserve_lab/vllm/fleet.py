@@ -33,7 +33,7 @@ from conserve_lab.vllm._model import ModelShape, eos_token_id, make_model
 from conserve_lab.vllm._ports import free_ports, wait_free
 from conserve_lab.vllm.counters import EngineCounters, parse_counters
 from conserve_lab.vllm.errors import VllmEngineDiedError, VllmMissingError, VllmStartError
-from conserve_lab.vllm.install import is_installed, python_of
+from conserve_lab.vllm.install import installed_version, python_of
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens
 
 __all__ = ["FleetOptions", "VllmFleet", "find_venv"]
@@ -68,6 +68,7 @@ class FleetOptions:
         start_budget_s: How long the fleet, or one restarted engine, may take to be healthy.
         shape: The model.
         leased_holds: Ids of engines with ConServe's own connector: holds with a time of their own.
+        history_pulls: Ids of prefillers that may pull a conversation's KV from its decoder.
         host_tiers: Ids of engines with a host tier beside their cache.
         host_tier_tokens: Size of such a tier.
         guarded: Ids of engines that get a `LeaseGuard` in front; a broker then signs with `VllmFleet.token_key`.
@@ -86,6 +87,7 @@ class FleetOptions:
     shape: ModelShape = field(default_factory=ModelShape)
     guarded: frozenset[str] = frozenset()
     leased_holds: frozenset[str] = frozenset()
+    history_pulls: frozenset[str] = frozenset()
     host_tiers: frozenset[str] = frozenset()
     host_tier_tokens: Tokens = Tokens(65_536)
 
@@ -103,7 +105,7 @@ def find_venv(venv: Path | None = None) -> Path:
         VllmMissingError: There is none, or it was made from other pins.
     """
     place = venv or Path(os.environ.get(VENV_VARIABLE, DEFAULT_VENV))
-    if not is_installed(place):
+    if installed_version(place) is None:
         raise VllmMissingError(f"no vLLM in {place}; run: python -m conserve_lab.vllm {place}")
     return place
 
@@ -281,6 +283,7 @@ class VllmFleet:
                     max_sequences=options.max_sequences,
                     hold_ms=options.hold_ms,
                     leased_holds=f"{letter}{number}" in options.leased_holds,
+                    history_pulls=f"{letter}{number}" in options.history_pulls,
                     host_tier_tokens=Tokens(
                         options.host_tier_tokens if f"{letter}{number}" in options.host_tiers else 0
                     ),

@@ -1,8 +1,8 @@
 """Make the environment in which real vLLM runs on a CPU: `python -m conserve_lab.vllm .venv-vllm`.
 
 vLLM pins hundreds of megabytes of its own and must not share an environment with an agent, so it gets one of its
-own, made with plain `venv` and pip from the pins in `requirements.txt` beside this file. Run again, the installer
-finds its stamp and does nothing. About 2.5 GB on disk and two to four minutes.
+own, made with plain `venv` and pip from the pins in `requirements.txt` beside this file, or those of an older vLLM
+(`--version`). Run again, the installer finds its stamp and does nothing. About 2.5 GB on disk and two to four minutes.
 
 torch's CPU build carries a local version (`+cpu`) that PyPI does not have. The installer first asks pip as it is
 configured here and then PyTorch's own CPU index; `--torch-index` or `CONSERVE_TORCH_INDEX` names another one.
@@ -21,13 +21,13 @@ from pathlib import Path
 
 from conserve_lab.vllm._process import CommandFailedError, stream
 from conserve_lab.vllm.errors import VllmInstallError
+from conserve_lab.vllm.pins import NEWEST, REQUIREMENTS, VERSIONS, pins_file, pins_of
 
-__all__ = ["InstallPlan", "Step", "install", "is_installed", "main", "plan_install", "python_of"]
+__all__ = ["InstallPlan", "Step", "install", "installed_version", "main", "plan_install", "python_of"]
 
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_INDEX_VARIABLE = "CONSERVE_TORCH_INDEX"
-IMPORTS = ("vllm", "nixl")
+IMPORTS = ("transformers", "vllm", "nixl")  # the first says so when what it needs does not fit
 STAMP = "conserve-requirements.sha256"
 PACKAGES_PER_LINE = 25
 
@@ -82,9 +82,11 @@ def python_of(venv: Path) -> Path:
     return venv.absolute() / "bin" / "python"
 
 
-def is_installed(venv: Path, *, requirements: Path = REQUIREMENTS) -> bool:
-    """Whether the environment was made from these requirements and is ready to use."""
-    return plan_install(venv, requirements=requirements).is_done
+def installed_version(venv: Path) -> str | None:
+    """The vLLM version that an environment was made for from today's pins; None if it is not ready to use."""
+    stamp = venv / STAMP
+    found = stamp.read_text().strip() if stamp.is_file() else ""
+    return next((version for version in VERSIONS if _digest(pins_of(version).encode()) == found), None)
 
 
 def plan_install(
@@ -231,9 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=os.environ.get(TORCH_INDEX_VARIABLE),
         help=f"package index with torch's CPU build (default: ${TORCH_INDEX_VARIABLE}, else pip's own configuration)",
     )
+    parser.add_argument("--version", default=NEWEST, choices=VERSIONS, help=f"of vLLM (default: {NEWEST})")
     options = parser.parse_args(argv)
     try:
-        install(plan_install(options.venv, torch_index=options.torch_index), say=_print)
+        with pins_file(options.version) as requirements:
+            plan = plan_install(options.venv, requirements=requirements, torch_index=options.torch_index)
+            install(plan, say=_print)
     except VllmInstallError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
