@@ -10,7 +10,6 @@ import asyncio
 import random
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
+from conserve_sdk._loops import PerLoop
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
     BatchAnswer,
@@ -183,9 +183,9 @@ class SyncBrokerClient:
 
 
 class AsyncBrokerClient:
-    """The same calls as coroutines; usable from several event loops. See `SyncBrokerClient`.
+    """The same calls as coroutines; usable from several event loops, each with connections of its own.
 
-    Keeps no idle connections: the broker is asked once per conversation, and an idle socket would outlive its loop.
+    See `SyncBrokerClient`.
     """
 
     def __init__(
@@ -202,8 +202,7 @@ class AsyncBrokerClient:
         self._access = access or BrokerAccess()
         self._transport = transport
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
-        self._start_afresh()
-        call_in_forked_child(self._start_afresh)
+        self._clients = PerLoop(self._make_client, close=self._close_client)
 
     async def acquire(
         self, request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
@@ -251,27 +250,15 @@ class AsyncBrokerClient:
 
     async def aclose(self) -> None:
         """Close this loop's client. Idempotent; a later call opens a new one."""
-        with self._lock:
-            client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None and self._transport is None:
+        await self._clients.aclose()
+
+    def _make_client(self) -> httpx2.AsyncClient:
+        transport = self._transport or AsyncHTTPTransport(verify=self._access.verify(self._brokers.urls), limits=LIMITS)
+        return httpx2.AsyncClient(transport=transport, headers=self._access.headers())
+
+    async def _close_client(self, client: httpx2.AsyncClient) -> None:
+        if self._transport is None:
             await client.aclose()
-
-    def _start_afresh(self) -> None:
-        self._lock = threading.Lock()
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def _http(self) -> httpx2.AsyncClient:
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            client = self._clients.get(loop)
-            if client is None:
-                transport = self._transport or AsyncHTTPTransport(
-                    verify=self._access.verify(self._brokers.urls), limits=httpx2.Limits(max_keepalive_connections=0)
-                )
-                client = self._clients[loop] = httpx2.AsyncClient(transport=transport, headers=self._access.headers())
-            return client
 
     async def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
         attempts = Attempts(
@@ -279,7 +266,7 @@ class AsyncBrokerClient:
         )
 
         async def attempt() -> _T:
-            client, call = self._http(), make(attempts.wait_left_ms())
+            client, call = await self._clients.get(), make(attempts.wait_left_ms())
             try:
                 response = await _areceive(client, attempts.request(client, call), attempts)
             except httpx2.TransportError as exc:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import httpx2
 
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
+from conserve_sdk._loops import PerLoop
 from conserve_sdk._tls import verify_for
 
 __all__ = ["AsyncEnginePool", "EnginePool"]
@@ -55,63 +52,34 @@ class EnginePool(httpx2.BaseTransport):
         self._pools = {}
 
 
-@dataclass(slots=True)
-class _LoopPools:
-    """The pools of one event loop."""
-
-    pools: dict[str, AsyncHTTPTransport]
-    farewell: AsyncGenerator[None, None] | None = None
-
-
 class AsyncEnginePool(httpx2.AsyncBaseTransport):
     """Usable from several event loops, one after another or at once, each with connections of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopPools] = WeakKeyDictionary()
-        call_in_forked_child(self._forget)
+        self._loops = PerLoop(_LoopPools, close=_LoopPools.aclose)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request."""
-        return await (await self._pool(request.url.scheme)).handle_async_request(request)
+        pools = self._loops.here() or await self._loops.get()
+        return await pools.pool(request.url.scheme).handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close the running loop's connections; the next request opens new ones."""
-        with self._lock:
-            mine = self._loops.pop(asyncio.get_running_loop(), None)
-        if mine is not None and mine.farewell is not None:
-            await mine.farewell.aclose()
+        await self._loops.aclose()
 
-    async def _pool(self, scheme: str) -> AsyncHTTPTransport:
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            mine = self._loops.get(loop)
-            fresh = mine is None
-            mine = mine or self._loops.setdefault(loop, _LoopPools({}))
-            pool = mine.pools.get(scheme)
-            if pool is None:
-                pool = AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
-                mine.pools[scheme] = pool
-        if fresh:
-            mine.farewell = self._close_with_loop(mine)
-            await anext(mine.farewell)
+
+class _LoopPools:
+    """The pools of one event loop."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, AsyncHTTPTransport] = {}
+
+    def pool(self, scheme: str) -> AsyncHTTPTransport:
+        pool = self._pools.get(scheme)
+        if pool is None:
+            pool = self._pools[scheme] = AsyncHTTPTransport(verify=verify_for([f"{scheme}:"]), limits=LIMITS)
         return pool
 
-    async def _close_with_loop(self, mine: _LoopPools) -> AsyncGenerator[None, None]:
-        """Closes the pools when its loop ends: `asyncio.run` closes every async generator that is still open.
-
-        And lets go of them: a generator knows its loop, so the loop would live as long as its entry here.
-        """
-        try:
-            yield
-        finally:
-            loop = asyncio.get_running_loop()
-            with self._lock:
-                if self._loops.get(loop) is mine:
-                    del self._loops[loop]
-            for pool in mine.pools.values():
-                await pool.aclose()
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._loops = WeakKeyDictionary()
+    async def aclose(self) -> None:
+        for pool in self._pools.values():
+            await pool.aclose()

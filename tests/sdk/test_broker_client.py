@@ -427,6 +427,18 @@ class TestConnections:
         assert len(tiny_broker.peers) == 2
         client.close()
 
+    def test_the_async_client_keeps_one_connection_per_loop(self, tiny_broker) -> None:
+        client = AsyncBrokerClient([tiny_broker.url])
+
+        async def talk() -> None:
+            for _ in range(3):
+                assert await client.acquire(REQUEST, budget_ms=20_000) == grant()
+
+        for loops in (1, 2):
+            asyncio.run(talk())
+            assert len(tiny_broker.peers) == loops
+            assert len(client._clients) == 0  # it closed with its loop
+
     def test_a_forked_child_does_not_write_to_its_parents_socket(self, tiny_broker, fork_and_wait) -> None:
         client = SyncBrokerClient([tiny_broker.url])
         client.acquire(REQUEST, budget_ms=20_000)
