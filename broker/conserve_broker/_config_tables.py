@@ -39,6 +39,10 @@ class ListenTable(Table):
     """TCP port; 0 lets the system choose one."""
     connections_max: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
     """Connections at once; those beyond are closed. Every client that waits for admission holds one."""
+    connections_per_address_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default_factory=lambda table: max(1, table["connections_max"] // 4)
+    )
+    """Connections at once from one IPv4 address or IPv6 /64; default: a quarter of `connections_max`."""
     request_timeout_ms: Annotated[int, Field(ge=100, le=600_000)] = 30_000
     """Time from the first byte of a request to its last, in milliseconds."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from conserve_broker._connections import Connections, client_of
 from conserve_sdk.protocol import PROBLEM_MEDIA_TYPE, Problem
 
 __all__ = ["HEAD_BYTES_MAX", "bounded_protocol"]
@@ -22,17 +23,17 @@ HEADERS_MAX = 100
 _PHRASES = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
-def bounded_protocol(*, request_timeout_s: float, connections_max: int) -> type[asyncio.Protocol]:
+def bounded_protocol(*, request_timeout_s: float, connections: Connections) -> type[asyncio.Protocol]:
     """The protocol class to hand to uvicorn.
 
     Args:
         request_timeout_s: from a request's first byte to its last, and from a connection to its first request.
-        connections_max: connections beyond it are closed at once.
+        connections: those beyond its bounds are closed at once.
     """
 
     class Bounded(_Bounded):
         timeout_s = request_timeout_s
-        connections_limit = connections_max
+        bounds = connections
 
     return Bounded
 
@@ -49,7 +50,7 @@ class _Bounded(HttpToolsProtocol):
     """
 
     timeout_s: float
-    connections_limit: int
+    bounds: Connections
     cycle: RequestResponseCycle | None  # type: ignore[assignment]  # None before the first request, as uvicorn knows
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -57,16 +58,21 @@ class _Bounded(HttpToolsProtocol):
         self._in_head = self._incomplete = self._ended = self._refused = False
         self._head_bytes = 0
         self._timer: TimerHandle | None = None
+        self._client: bytes | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        if len(self.connections) > self.connections_limit:
-            transport.abort()
-        else:
+        client = client_of(transport.get_extra_info("peername", ("",))[0])
+        if self.bounds.enter(client):
+            self._client = client
             self._arm()
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._client is not None:
+            self.bounds.leave(self._client)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

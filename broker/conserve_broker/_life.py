@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import uvicorn
 
 from conserve_broker._access_tables import ApiKeyTable
+from conserve_broker._connections import Connections
 from conserve_broker._dial import AddressGuard
 from conserve_broker._engine_http import Door
 from conserve_broker._http_protocol import bounded_protocol
@@ -101,6 +102,9 @@ class Life:
         self._freeze_gc = freeze_gc
         self._clock = BrokerClock()
         self._metrics = BrokerMetrics()
+        self._connections = Connections(
+            connections_max=config.listen.connections_max, per_address_max=config.listen.connections_per_address_max
+        )
         self._history = History()
         self._tracing = tracing
         self._watcher: ConfigWatcher | None = None
@@ -127,7 +131,11 @@ class Life:
             lambda: history_of(self._history),
             listeners_max=config.watch.event_listeners_max,
         )
-        self._metrics.watch_broker(role=lambda: self.front.readiness().role, listeners=lambda: self._feed.listeners)
+        self._metrics.watch_broker(
+            role=lambda: self.front.readiness().role,
+            listeners=lambda: self._feed.listeners,
+            connections=self._connections,
+        )
         self._uvicorn = uvicorn.Config(
             create_app(
                 self.front,
@@ -145,7 +153,7 @@ class Life:
             server_header=False,
             http=bounded_protocol(
                 request_timeout_s=config.listen.request_timeout_ms / 1000,
-                connections_max=config.listen.connections_max,
+                connections=self._connections,
             ),
             ssl_context_factory=None if self._tls is None else self._tls_context,
             timeout_keep_alive=_KEEP_ALIVE_S,

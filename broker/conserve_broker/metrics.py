@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from conserve_broker._access_tables import DENIALS
+from conserve_broker._connections import Connections
 from conserve_broker.clock import BrokerClock
 from conserve_broker.hold_releases import OUTCOMES as RELEASE_OUTCOMES
 from conserve_broker.service import Observer
@@ -75,9 +76,9 @@ class BrokerMetrics(Observer):
         for outcome in RELEASE_OUTCOMES:
             self._hold_releases.labels(outcome)
 
-    def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int]) -> None:
+    def watch_broker(self, *, role: Callable[[], str], listeners: Callable[[], int], connections: Connections) -> None:
         """Export what every broker has, one that stands by included."""
-        self.registry.register(_BrokerState(role, listeners))
+        self.registry.register(_BrokerState(role, listeners, connections))
 
     def watch(self, core: Broker, *, clock: BrokerClock) -> None:
         """Export this core's state from now on, in place of an earlier one's."""
@@ -124,9 +125,10 @@ class BrokerMetrics(Observer):
 
 
 class _BrokerState(Collector):
-    def __init__(self, role: Callable[[], str], listeners: Callable[[], int]) -> None:
+    def __init__(self, role: Callable[[], str], listeners: Callable[[], int], connections: Connections) -> None:
         self._role = role
         self._listeners = listeners
+        self._connections = connections
 
     def collect(self) -> Iterable[Metric]:
         role = GaugeMetricFamily("conserve_broker_role", "1 for the role this broker has now", labels=["role"])
@@ -135,6 +137,13 @@ class _BrokerState(Collector):
             role.add_metric([each], each == now)
         yield role
         yield GaugeMetricFamily("conserve_event_listeners", "Clients that listen to events", value=self._listeners())
+        yield GaugeMetricFamily("conserve_connections", "Open connections", value=self._connections.open)
+        refused = CounterMetricFamily(
+            "conserve_connections_refused", "Connections closed at once, by the bound on them", labels=["bound"]
+        )
+        for bound, count in self._connections.refused.items():
+            refused.add_metric([bound], count)
+        yield refused
 
 
 class _CoreState(Collector):

@@ -67,7 +67,7 @@ ENV_PREFIX = "CONSERVE_BROKER__"
 class BrokerConfig(Table):
     """The whole configuration. `model_validate` takes plain dicts; `load_config` reads file and environment."""
 
-    listen: ListenTable = ListenTable()
+    listen: ListenTable = Field(default_factory=ListenTable)
     lease: LeaseTable = Field(default_factory=LeaseTable)
     placement: PlacementTable = PlacementTable()
     admission: AdmissionTable = AdmissionTable()

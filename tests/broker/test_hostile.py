@@ -14,6 +14,7 @@ from typing import Any, Self
 import httpx2
 import pytest
 
+from conserve_broker._connections import client_of
 from conserve_broker._http_protocol import HEAD_BYTES_MAX
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
@@ -397,7 +398,7 @@ def test_an_early_refusal_does_not_wait_for_the_body(server: BrokerServer) -> No
 
 
 def test_connections_beyond_the_limit_are_closed_and_the_others_go_on() -> None:
-    with BrokerServer(config(connections_max=3, request_timeout_ms=60_000)) as small:
+    with BrokerServer(config(connections_max=3, connections_per_address_max=3, request_timeout_ms=60_000)) as small:
         wires = [Wire(small) for _ in range(3)]
         for wire in wires:
             wire.send(request("GET", "/healthz"))
@@ -417,6 +418,27 @@ def test_connections_beyond_the_limit_are_closed_and_the_others_go_on() -> None:
             wire.send(request("GET", "/healthz"))
             assert wire.answer()[0] == 200
             wire.socket.close()
+
+
+def test_one_address_cannot_take_every_connection() -> None:
+    with BrokerServer(config(connections_max=12, request_timeout_ms=60_000)) as small, contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(Wire(small)) for _ in range(20)]
+        for wire in greedy:
+            wire.send(request("GET", "/healthz"))
+        assert sorted(wire.answer()[0] for wire in greedy) == [CLOSED] * 17 + [200] * 3, "a quarter of all"
+        elsewhere = httpx2.HTTPTransport(local_address="127.0.0.2")
+        with httpx2.Client(transport=elsewhere, base_url=small.url) as other:
+            page = other.get("/metrics").text
+        assert "conserve_connections 4.0" in page
+        assert 'conserve_connections_refused_total{bound="address"} 17.0' in page
+        assert 'conserve_connections_refused_total{bound="all"} 0.0' in page
+
+
+def test_neighbours_in_one_ipv6_network_are_one_address() -> None:
+    hosts = ["2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1", "fe80::1%lo"]
+    assert [client_of(host).hex() for host in hosts] == [
+        "20010db800000001", "20010db800000001", "20010db800000002", "fe80000000000000"
+    ]  # fmt: skip
 
 
 def test_after_all_of_it_the_broker_is_well(server: BrokerServer) -> None:
