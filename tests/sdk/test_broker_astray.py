@@ -184,9 +184,26 @@ class Astray(DirectedBroker):
 @pytest.fixture
 def astray(make_world):
     def make(**options):
-        return make_world(broker=Astray(), wait_s=0, **options)
+        world = make_world(broker=Astray(), wait_s=0, **options)
+        _count_time_by(world)
+        return world
 
     return make
+
+
+def _count_time_by(world) -> None:
+    """Calls to the broker live by the world's clock, which only their own pauses move: a busy machine costs no time."""
+    runtime = world.conserve._runtime
+    clock = world.clock
+
+    def sleep(seconds: float) -> None:
+        clock.advance(round(seconds * 1000))
+
+    async def asleep(seconds: float) -> None:
+        sleep(seconds)
+
+    for client, pause in ((runtime.broker, sleep), (runtime.async_broker, asleep)):
+        client._clock, client._sleep, client._jitter = clock.monotonic_s, pause, lambda: 1.0
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
