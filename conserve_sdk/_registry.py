@@ -129,7 +129,7 @@ class LeaseRegistry:
         """
         with self._lock:
             entry = self._entry(ref)
-            self._forget_lease(entry)
+            self._forget_tokens(entry)
             fresh = entry.grant is None or entry.grant.lease_id != grant.lease_id
             served = grant.mode == "local" or grant.migrations > 0 or grant.turns > 0
             # Granted to somebody else before: the one migration is theirs, even if they have not reported it yet.
@@ -140,6 +140,7 @@ class LeaseRegistry:
             entry.grant = grant
             entry.lost = ""
             self._by_lease[LeaseId(grant.lease_id)] = ref
+            self._by_token[grant.token] = LeaseId(grant.lease_id)
             entry.as_of_ms = min(entry.as_of_ms, sent_at_ms)
             self._extend(entry, grant, sent_at_ms, grant.expires_in_ms)
             return _snapshot(entry, sent_at_ms)
@@ -217,9 +218,14 @@ class LeaseRegistry:
                 if status.verdict != "ok":
                     entry.lost = entry.lost or status.verdict
                     continue
-                entry.grant = grant.model_copy(update={"token": status.token}) if status.token else grant
+                entry.grant = self._replace_token(grant, status.token) if status.token else grant
                 _direct(entry, status, sent_at_ms)
                 self._extend(entry, grant, sent_at_ms, status.expires_in_ms)
+
+    def lease_of_token(self, token: str) -> LeaseId | None:
+        """Return the lease whose current token this is."""
+        with self._lock:
+            return self._by_token.get(token)
 
     def due_renewals(self, *, now_ms: int) -> list[LeaseGrant]:
         """Return the grants to renew now: live, in use, and past their renewal time."""
@@ -281,6 +287,7 @@ class LeaseRegistry:
         self._entries: OrderedDict[LeaseRef, _Entry] = OrderedDict()
         self._by_conversation: dict[ConversationId, dict[LeaseRef, None]] = {}
         self._by_lease: dict[LeaseId, LeaseRef] = {}
+        self._by_token: dict[str, LeaseId] = {}
         self._in_use: dict[LeaseRef, None] = {}
         self._flights: dict[LeaseRef, _Flight] = {}
 
@@ -305,7 +312,7 @@ class LeaseRegistry:
         entry = self._entries.pop(ref, None)
         if entry is None:
             return None
-        self._forget_lease(entry)
+        self._forget_tokens(entry)
         self._in_use.pop(ref, None)
         siblings = self._by_conversation[ref.conversation_id]
         del siblings[ref]
@@ -335,8 +342,14 @@ class LeaseRegistry:
         renew_after_ms = int(min(grant.renew_after_ms, expires_in_ms / 2) * spread)
         entry.renew_at_ms = sent_at_ms + max(renew_after_ms, RENEW_AFTER_MIN_MS)
 
-    def _forget_lease(self, entry: _Entry) -> None:
+    def _replace_token(self, grant: LeaseGrant, token: str) -> LeaseGrant:
+        self._by_token.pop(grant.token, None)
+        self._by_token[token] = LeaseId(grant.lease_id)
+        return grant.model_copy(update={"token": token})
+
+    def _forget_tokens(self, entry: _Entry) -> None:
         if entry.grant is not None:
+            self._by_token.pop(entry.grant.token, None)
             self._by_lease.pop(LeaseId(entry.grant.lease_id), None)
 
 

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from conserve_sdk._broker_client import SyncBrokerClient
@@ -19,7 +18,7 @@ from conserve_sdk.core.units import LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerUnavailable, ConServeError, LeaseClosed, RateLimited
 from conserve_sdk.protocol import RENEWALS_MAX, REPORTS_MAX, LeaseGrant, LeaseStatus, RenewalBatch, Report, ReportBatch
 
-__all__ = ["QueuedReport", "Reporter", "monotonic_ms"]
+__all__ = ["Reporter", "monotonic_ms"]
 
 BACKOFF_FIRST_MS = 500
 BACKOFF_MAX_MS = 10_000
@@ -34,10 +33,8 @@ def monotonic_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class QueuedReport:
-    """A report that waits for company; what `Reporter.submit` gives back."""
-
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Queued:
     report: Report
     lease_id: LeaseId | None
     submitted_at_ms: int
@@ -64,7 +61,7 @@ class Reporter:
     """
 
     _changed: threading.Condition
-    _queue: deque[QueuedReport]
+    _queue: deque[_Queued]
     _given_back: deque[_GivenBack]
     _thread: threading.Thread | None
     _urgent: bool
@@ -105,34 +102,23 @@ class Reporter:
         """Reports given up because the broker was down for too long or did not understand them."""
         return self._dropped
 
-    def submit(
-        self, report: Report, *, lease_id: LeaseId | None = None, instead_of: QueuedReport | None = None
-    ) -> QueuedReport:
+    def submit(self, report: Report) -> None:
         """Queue a report; never blocks and never raises for a broker that is down. Starts the thread if needed.
-
-        Args:
-            report: what to tell.
-            lease_id: whose token it carries: the broker's verdict may not say.
-            instead_of: an earlier report that this one leaves nothing to say; it is not sent if it still waits.
 
         Raises:
             LeaseClosed: the reporter was closed.
         """
-        queued = QueuedReport(report=report, lease_id=lease_id, submitted_at_ms=self._clock())
+        lease_id = self._registry.lease_of_token(report.token)
         with self._changed:
             if self._closed:
                 raise LeaseClosed("closed: make a new ConServe object for new turns", lease_id=lease_id)
-            alone = not self._queue
-            self._queue.append(queued)
+            self._queue.append(_Queued(report=report, lease_id=lease_id, submitted_at_ms=self._clock()))
             self._submitted += 1
-            if instead_of is not None:
-                self._take_back(instead_of)
             if report.kind == "engine_failure" or len(self._queue) >= self._batch_max:
                 self._urgent = True
             self._drop_excess()
-            if self._urgent or alone:  # else the thread knows when to look already
+            if self._urgent or len(self._queue) == 1:  # else the thread knows when to look already
                 self._notice()
-        return queued
 
     def give_back(self, grant: LeaseGrant) -> None:
         """Release a lease, behind the reports queued so far; never blocks. One that is not taken ends by its time."""
@@ -321,7 +307,7 @@ class Reporter:
             self._backoff_ms = 0
             self._changed.notify_all()
 
-    def _put_back(self, batch: list[QueuedReport], now_ms: int, exc: ConServeError) -> None:
+    def _put_back(self, batch: list[_Queued], now_ms: int, exc: ConServeError) -> None:
         with self._changed:
             if self._closed:
                 self._dropped += len(batch)
@@ -330,7 +316,7 @@ class Reporter:
                 self._drop_excess()
         self._back_off(now_ms, exc)
 
-    def _give_up(self, batch: list[QueuedReport], exc: ConServeError) -> None:
+    def _give_up(self, batch: list[_Queued], exc: ConServeError) -> None:
         """Drop a batch that the broker will never take: it must not block the ones behind it."""
         _logger.error("reports_dropped count=%d: %s", len(batch), exc)
         with self._changed:
@@ -345,12 +331,6 @@ class Reporter:
             self._retry_at_ms = now_ms + self._backoff_ms
             self._failures += 1
             self._changed.notify_all()
-
-    def _take_back(self, queued: QueuedReport) -> None:
-        """Take a report out of the queue, if it is not on its way. The lock is held."""
-        with suppress(ValueError):
-            self._queue.remove(queued)
-            self._settled += 1
 
     def _drop_excess(self) -> None:
         """Keep the newest: a later report of a lease says what an earlier one did. The lock is held."""

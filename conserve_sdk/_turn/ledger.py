@@ -11,7 +11,6 @@ import httpx2
 from conserve_sdk._kind import Kind
 from conserve_sdk._lineage import LineageMatch, PromptDigest, Rewrite
 from conserve_sdk._registry import LeaseRef, ServedTurn
-from conserve_sdk._reporter import QueuedReport
 from conserve_sdk._tracker import TurnFacts, TurnTracker
 from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk.core.units import EngineId, LeaseId, LineageId
@@ -88,7 +87,6 @@ class ActiveTurn:
         self._slot = kit.registry.begin_turn(ref, arrived_at_ms=self._arrived_us // 1000)
         kit.turn_begins(ref)
         self._sent = False
-        self._started: QueuedReport | None = None
         start = TurnStart(
             conversation_id=ref.conversation_id,
             lineage=ref.lineage,
@@ -118,7 +116,7 @@ class ActiveTurn:
             self._sent = True
             self._kit.turn_sent(self.ref)
         if self.lease is not None:
-            self._started = self._submit(TurnStartedReport(token=self._token()))
+            self._submit(TurnStartedReport(token=self._token()))
 
     def engine_failed(self, engine: Binding, *, phase: str, detail: str) -> None:
         """Tell the broker that an engine of the lease could not be used."""
@@ -209,18 +207,16 @@ class ActiveTurn:
 
     def _tell_end(self, report: TurnFinishedReport | None, *, idle: bool) -> None:
         if report is not None:
-            self._submit(report if idle else report.model_copy(update={"idle": False}), instead_of=self._started)
+            self._submit(report if idle else report.model_copy(update={"idle": False}))
 
     # ---- what is told -----------------------------------------------------------------------------------------
 
-    def _submit(self, report: Report, *, instead_of: QueuedReport | None = None) -> QueuedReport | None:
-        lease_id = LeaseId(self.lease.lease_id) if self.lease else None
+    def _submit(self, report: Report) -> None:
         try:
-            return self._kit.reporter.submit(report, lease_id=lease_id, instead_of=instead_of)
+            self._kit.reporter.submit(report)
         except LeaseClosed:
             # The ConServe object was closed under a turn that was still running; the application gets its answer.
-            log.info("report_lost lease_id=%s kind=%s: closed", lease_id, report.kind)
-            return None
+            log.info("report_lost lease_id=%s kind=%s: closed", self.lease.lease_id if self.lease else "", report.kind)
 
     def _facts(self) -> TurnFacts:
         if self.tracker is None:

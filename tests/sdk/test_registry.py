@@ -43,6 +43,8 @@ class TestLife:
         view = registry.view(REF, now_ms=89_999)
         assert view.live
         assert view.grant.token == "fresh"
+        assert registry.lease_of_token("fresh") == "L1"
+        assert registry.lease_of_token("token-L1") is None
 
     def test_a_verdict_may_shorten_it(self, registry) -> None:
         registry.store(REF, grant(), sent_at_ms=0)
@@ -361,6 +363,7 @@ class TestForgetting:
         assert registry.views(conversation, now_ms=1) == ()
         assert [given.lease_id for given in registry.live_grants(now_ms=1)] == ["L3"]
         assert registry.live_grants(now_ms=60_000) == []
+        assert registry.lease_of_token("token-L1") is None
 
     def test_drop_returns_the_grant(self, registry) -> None:
         registry.store(REF, grant(), sent_at_ms=0)

@@ -16,7 +16,7 @@ from conserve_sdk import _reporter
 from conserve_sdk._broker_client import SyncBrokerClient
 from conserve_sdk._registry import LeaseRef, LeaseRegistry
 from conserve_sdk._reporter import Reporter
-from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName
+from conserve_sdk.core.units import ConversationId, LineageId, ModelName
 from conserve_sdk.errors import LeaseClosed
 from conserve_sdk.protocol import (
     EngineFailureReport,
@@ -32,10 +32,6 @@ from .grants import REF, grant
 
 def started(token: str = "token-L1", **fields) -> TurnStartedReport:
     return TurnStartedReport(token=token, **fields)
-
-
-def finished(token: str = "token-L1") -> TurnFinishedReport:
-    return TurnFinishedReport(token=token)
 
 
 def failure(token: str = "token-L1") -> EngineFailureReport:
@@ -138,33 +134,10 @@ class TestReports:
         bench.pump(1_000)
         view = bench.registry.view(REF, now_ms=bench.clock.now_ms() + 89_999)
         assert (view.live, view.grant.token) == (True, "fresh")
-        bench.reporter.submit(started("fresh"), lease_id=LeaseId("L1"))
+        bench.reporter.submit(started("fresh"))
         bench.broker.verdict = {"verdict": "bad_token", "lease_id": ""}
         bench.pump(1_000)
         assert bench.registry.view(REF, now_ms=bench.clock.now_ms()).lost == "bad_token"
-
-    def test_the_end_of_a_turn_leaves_its_start_unsaid(self, bench: Bench) -> None:
-        beginning = bench.reporter.submit(started("token-a"))
-        bench.clock.advance(600)
-        bench.reporter.submit(finished("token-a"), instead_of=beginning)
-        assert bench.pump(400) == 600  # the end has a window of its own
-        assert bench.pump(600) is None
-        assert bench.broker.calls == [("/v1/reports", 1)]
-
-    def test_the_end_of_a_turn_comes_behind_what_was_said_before_it(self, bench: Bench) -> None:
-        beginning = bench.reporter.submit(started("token-a"))
-        bench.reporter.submit(started("token-b"))
-        bench.reporter.submit(finished("token-a"), instead_of=beginning)
-        assert bench.pump(1_000) is None
-        assert bench.broker.tokens == ["token-b", "token-a"]
-        assert bench.reporter.flush()
-
-    def test_a_start_that_was_told_is_told_and_so_is_the_end(self, bench: Bench) -> None:
-        beginning = bench.reporter.submit(started("token-a"))
-        bench.pump(1_000)
-        bench.reporter.submit(finished("token-a"), instead_of=beginning)
-        assert bench.reporter.flush()
-        assert bench.broker.tokens == ["token-a", "token-a"]
 
     def test_a_report_counts_as_a_renewal(self, bench: Bench) -> None:
         bench.use()

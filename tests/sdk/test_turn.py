@@ -9,7 +9,6 @@ import pytest
 
 from conserve_sdk import LeaseClosed
 from conserve_sdk.core import PAPER, BrokerSettings
-from conserve_sdk.core.lease import Activity
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, small_fleet
 from tests.support.dialogue import LONG, follow_up
 
@@ -142,34 +141,9 @@ def test_reports_tell_the_ledger_what_the_engine_said(make_world) -> None:
     assert report["prompt_bytes"] >= len(LONG)
     assert (report["migrated"], report["prefill_engine_id"]) == (True, "p0")
     assert (report["finish_reason"], report["tool_names"], report["idle"]) == ("tool_calls", ["look"], True)
+    assert len(world.reports("turn_started")) == 1
     (lease,) = world.broker.core.leases()
     assert lease.ledger_tokens == 520
-
-
-class Slow(ScriptedEngine):
-    """An engine whose every answer takes longer than reports wait."""
-
-    def __init__(self) -> None:
-        super().__init__(then="answer")
-        self.meanwhile = lambda: None
-
-    def _play(self, request, content):
-        self.meanwhile()
-        return super()._play(request, content)
-
-
-def test_a_turn_that_takes_its_time_is_told_of_while_it_runs(make_world) -> None:
-    world = make_world(engine=Slow())
-    activities = []
-    world.engine.meanwhile = lambda: (
-        world.conserve.flush() and activities.append([lease.activity for lease in world.broker.core.leases()])
-    )
-    world.turn()
-    world.turn(messages=follow_up(1))
-    assert [report["kind"] for report in world.reports()] == ["turn_started", "turn_finished"] * 2
-    assert activities == [[Activity.BUSY]] * 3  # prefill, decode, follow-up
-    (lease,) = world.broker.core.leases()
-    assert lease.activity is Activity.IDLE
 
 
 def test_without_usage_the_broker_is_told_the_bytes(make_world) -> None:
