@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Mapping
+from ipaddress import IPv4Address, ip_address
+from typing import Any
 
 __all__ = ["BOUNDS", "Connections", "client_of"]
 
@@ -58,8 +59,15 @@ class Connections:
             del self._by_client[client]
 
 
-def client_of(host: str) -> bytes:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
-    if ":" not in host:
-        return host.encode()
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:_PREFIX_BYTES]
+def client_of(peer: Any) -> bytes:
+    """What counts as one client: an IPv4 address, also one that an IPv6 socket shows, or the /64 of an IPv6 one.
+
+    Args:
+        peer: a connection's `peername`; those without one (gone already, Unix sockets) are one client together.
+    """
+    if not isinstance(peer, tuple):
+        return b""
+    address = ip_address(peer[0])
+    if isinstance(address, IPv4Address):
+        return address.packed
+    return address.ipv4_mapped.packed if address.ipv4_mapped else address.packed[:_PREFIX_BYTES]

@@ -62,7 +62,7 @@ class _Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        client = client_of(transport.get_extra_info("peername", ("",))[0])
+        client = client_of(transport.get_extra_info("peername"))
         if self.bounds.enter(client):
             self._client = client
             self._arm()

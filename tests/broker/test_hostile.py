@@ -436,9 +436,19 @@ def test_one_address_cannot_take_every_connection() -> None:
 
 def test_neighbours_in_one_ipv6_network_are_one_address() -> None:
     hosts = ["2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1", "fe80::1%lo"]
-    assert [client_of(host).hex() for host in hosts] == [
+    assert [client_of((host, 7070, 0, 0)).hex() for host in hosts] == [
         "20010db800000001", "20010db800000001", "20010db800000002", "fe80000000000000"
     ]  # fmt: skip
+
+
+def test_an_ipv4_address_is_the_same_on_every_kind_of_socket() -> None:
+    assert client_of(("10.0.0.7", 1)) == client_of(("::ffff:10.0.0.7", 1, 0, 0))
+    assert client_of(("10.0.0.7", 1)) != client_of(("::ffff:10.0.0.8", 1, 0, 0))
+
+
+@pytest.mark.parametrize("peer", [None, "", "/run/conserve.sock"])
+def test_a_peer_without_an_address_is_counted_too(peer: object) -> None:
+    assert client_of(peer) == b""
 
 
 def test_after_all_of_it_the_broker_is_well(server: BrokerServer) -> None:
