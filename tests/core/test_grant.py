@@ -1,5 +1,6 @@
 """Granting: what a lease says, one live lease per key, waiting and refusing."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,15 @@ def test_the_receipt_says_what_was_weighed() -> None:
         ("decoder", "d1", "fits"),
         ("prefiller", "p0", "chosen"),
     ]
+
+
+def test_the_rules_that_fired_are_counted() -> None:
+    world = World()
+    receipts = [world.grant(name).receipt for name in ("a", "b")]
+    receipts.append(world.grant("c", hint=EngineId("d0")).receipt)
+    counters = world.broker.counters
+    assert counters.decoder_rules == Counter(receipt.rule for receipt in receipts)
+    assert counters.prefill_rules == Counter(receipt.prefill_rule for receipt in receipts)
 
 
 def test_leases_go_round_the_emptiest_decoders() -> None:
@@ -145,11 +155,12 @@ def test_without_patience_there_is_a_refusal_with_a_reason() -> None:
 def test_a_request_waits_and_is_granted_when_room_appears() -> None:
     world = full_world()
     first = next(world.broker.leases())
+    world.wait(50)
     assert only(Waiting, world.request("c", wait_ms=5_000)).position == 1
     world.wait(100)
     decisions = world.release(first)
     lease = granted(decisions).lease
-    assert (lease.key, lease.receipt.waited_ms, lease.granted_at_ms) == (key("c"), 100, 100)
+    assert (lease.key, lease.receipt.waited_ms, lease.granted_at_ms) == (key("c"), 100, 150)
     assert [type(each).__name__ for each in decisions] == ["LeaseDropped", "LeaseAnswered", "LeaseStored", "Granted"]
     assert world.broker.waiting() == 0
 
@@ -259,11 +270,12 @@ def test_all_who_wait_for_one_key_get_the_same_lease() -> None:
     assert world.broker.waiting() == 0
 
 
-def test_a_request_id_waits_once() -> None:
+@pytest.mark.parametrize("conversation", ["d", "first"], ids=["must wait", "is answered at once"])
+def test_a_request_id_waits_once(conversation: str) -> None:
     world = full_world()
     world.request("c", wait_ms=5_000)
     with pytest.raises(AssertionError, match="already waits"):
-        world.request("d", wait_ms=5_000, request_id=RequestId("r2"))
+        world.request(conversation, wait_ms=5_000, request_id=RequestId("r2"))
 
 
 # ---- refusals ----
@@ -369,6 +381,7 @@ def test_leases_are_bounded(bound: dict[str, int]) -> None:
     world.grant("b")
     refusal = refused(world.request("c", wait_ms=5_000))
     assert (refusal.reason, refusal.retry_after_ms) == (RefusalReason.TOO_MANY_LEASES, 1_000)
+    assert refusal.receipt.need_tokens == 0, "its need was not even looked at"
     assert granted(world.request("a")).reused
     assert granted(world.supersede(first)).lease.epoch == 2
     assert world.broker.counters.refused[RefusalReason.TOO_MANY_LEASES] == 1
@@ -392,6 +405,10 @@ def test_one_tenants_own_bounds_take_the_place_of_those_for_all() -> None:
 
 
 # ---- tokens from bytes ----
+
+
+def test_a_count_of_one_is_a_count() -> None:
+    assert World().grant("c", 1, first_turn_input_bytes=4_001).ledger_tokens == 1
 
 
 def test_bytes_are_converted_when_there_is_no_count() -> None:
