@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conserve_sdk.core import (
-    PAPER,
     Activity,
-    BrokerSettings,
     DropReason,
     EngineId,
     EngineRemoved,
@@ -27,11 +25,7 @@ from conserve_sdk.core import (
     Tokens,
     Waiting,
 )
-from tests.core.world import M, World, answer, answers, engines, granted, key, only, spec
-
-
-def settings(**changes: object) -> BrokerSettings:
-    return replace(BrokerSettings(placement=PAPER), **changes)  # type: ignore[arg-type]
+from tests.core.world import M, World, answer, answers, engines, granted, key, only, settings, spec
 
 
 def verdict(decisions: list[object]) -> LeaseVerdict:

@@ -242,7 +242,7 @@ def test_a_token_beyond_the_bound_is_not_signed() -> None:
         SIGNER.sign(long)
 
 
-@pytest.mark.parametrize("stray", ["!", " ", "+"])
+@pytest.mark.parametrize("stray", ["!", "+", "!!!!", "    "])
 def test_a_character_that_is_not_base64url_is_not_passed_over(stray: str) -> None:
     header, payload, signature = SIGNER.sign(CLAIMS).split(".")
     with pytest.raises(TokenInvalid, match="not base64url"):
