@@ -43,7 +43,7 @@ test-third-party: $(STAMP)  ## the examples over LiteLLM and LlamaIndex, in a vi
 check: $(STAMP)  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(PACKAGES) tests/typing .ci/release_check.py
+	$(BIN)/mypy $(PACKAGES) tests/typing .ci/release_check.py .ci/contracts_picture.py
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## presets beside each other on the emulated fleet; writes bench.json and bench.md

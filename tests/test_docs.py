@@ -1,12 +1,13 @@
 """Every snippet of README and docs runs: Python against a real broker and emulated fleet, TOML through the
 configuration check, commands as far as a test may run them. Links between documents lead somewhere."""
 
+import io
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from conserve_broker.check import check_config
 from conserve_lab.stack import LocalStack
+from conserve_sdk.cli import main
 from tests.support.loops import loop_for_blocking_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +28,6 @@ DOCUMENTS = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 BROKER_IN_DOCS = "http://127.0.0.1:7070"
-CONSERVE = Path(sys.executable).with_name("conserve")
-HELP_S = 80.0
-"""For one command to print its help: most of it goes into imports, which take long on a busy machine."""
 LANGUAGES_THAT_RUN = {"python", "toml", "console", "text", "bash", "json"}
 
 
@@ -108,27 +107,27 @@ def test_commands_exist(line: str, name: str) -> None:
             assert all(extra in extras for group in asked for extra in group.split(","))
         case "conserve":
             # `--help` behind the subcommand proves that command and options parse without running servers here.
-            words = [word for word in arguments if not word.startswith("-")][:1]
-            done = subprocess.run(
-                [CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=HELP_S, check=False
-            )
-            assert done.returncode == 0, done.stderr
+            words = [word for word in arguments if not word.startswith("-")]
+            shown = _help(*words[:1])
             for option in (word for word in arguments if word.startswith("--")):
-                assert option in _plain(done.stdout) or option in _deep_help(arguments), option
+                assert option in shown or option in _help(*words[:2]), option
         case "cp":
             assert (ROOT / name).parent.joinpath(arguments[0]).exists()
         case _:
             pytest.fail(f"{name} shows a command that no test knows: {line}")
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-def _deep_help(arguments: list[str]) -> str:
-    words = [word for word in arguments if not word.startswith("-")][:2]
-    done = subprocess.run([CONSERVE, *words, "--help"], capture_output=True, text=True, timeout=HELP_S, check=False)
-    return _plain(done.stdout)
+@cache
+def _help(*words: str) -> str:
+    """What `conserve WORDS --help` prints; in this process, because a new one spends seconds on imports."""
+    with redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        try:
+            code: object = main([*words, "--help"])
+        except SystemExit as end:  # argparse's way
+            code = end.code
+    assert not code, words
+    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
 
 
 @pytest.mark.parametrize("name", NAMES)

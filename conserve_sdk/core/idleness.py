@@ -27,8 +27,7 @@ class Idleness:
         return lease_id in self._cold
 
     def follow(self, lease: Lease, *, now_ms: Ms) -> bool:
-        """Take a live lease as it is now; returns whether it is cold."""
-        self.forget(lease.lease_id)
+        """Take a live lease that is not followed, as it is now; returns whether it is cold."""
         if lease.activity is Activity.BUSY:
             return False
         at_ms = Ms(lease.activity_since_ms + self._idle_after_ms)

@@ -2,98 +2,20 @@
 
 from typing import Any
 
-import httpx2
 import pytest
 
-from conserve_sdk._desk import ROUTES, Call, Reply, find_route
-from conserve_sdk.core import PAPER, BrokerSettings, Ms, TenantId
+from conserve_sdk._desk import ROUTES, find_route
+from conserve_sdk.core import BrokerSettings
 from conserve_sdk.protocol import (
     BODY_BYTES_MAX,
-    BatchAnswer,
     EngineInfo,
     EngineList,
-    FleetInfo,
     LeaseExplanation,
     LeaseGrant,
-    LeaseStatus,
-    Problem,
 )
 from conserve_sdk.testing import FakeClock, InMemoryBroker, small_fleet
 from conserve_sdk.tokens import read_unverified
-
-TTL_MS = 60_000
-MIGRATING = BrokerSettings(placement=PAPER, ttl_ms=Ms(TTL_MS))
-
-
-class Client:
-    """Speaks the protocol as an SDK would, without hiding anything."""
-
-    def __init__(self, broker: InMemoryBroker) -> None:
-        self.http = httpx2.Client(transport=broker, base_url=broker.url)
-
-    def ask(self, conversation: str = "c", **changes: Any) -> httpx2.Response:
-        body = {
-            "conversation_id": conversation,
-            "lineage": "main",
-            "model": "test-model",
-            "first_turn_input_tokens": 4_000,
-        }
-        return self.http.post("/v1/leases", json={**body, **changes})
-
-    def grant(self, conversation: str = "c", **changes: Any) -> LeaseGrant:
-        response = self.ask(conversation, **changes)
-        assert response.is_success, response.text
-        return LeaseGrant.model_validate_json(response.content)
-
-    def supersede(self, grant: LeaseGrant, **changes: Any) -> httpx2.Response:
-        body = {"token": grant.token, "epoch": grant.epoch, "reason": "decoder refused"}
-        return self.http.post(f"/v1/leases/{grant.lease_id}/supersede", json={**body, **changes})
-
-    def report(self, *reports: dict[str, Any]) -> list[LeaseStatus]:
-        response = self.http.post("/v1/reports", json={"reports": reports})
-        assert response.status_code == 200, response.text
-        return list(BatchAnswer.model_validate_json(response.content).results)
-
-    def renew(self, *tokens: str) -> list[LeaseStatus]:
-        response = self.http.post("/v1/renewals", json={"tokens": tokens})
-        assert response.status_code == 200, response.text
-        return list(BatchAnswer.model_validate_json(response.content).results)
-
-    def park(self, grant: LeaseGrant) -> LeaseStatus:
-        response = self.http.post(f"/v1/leases/{grant.lease_id}/park", json={"token": grant.token})
-        assert response.status_code == 200, response.text
-        return LeaseStatus.model_validate_json(response.content)
-
-    def release(self, grant: LeaseGrant) -> httpx2.Response:
-        return self.http.delete(f"/v1/leases/{grant.lease_id}", headers=holder(grant.token))
-
-    def read(self, lease_id: str, token: str) -> httpx2.Response:
-        return self.http.get(f"/v1/leases/{lease_id}", headers=holder(token))
-
-    def engine(self, engine_id: str) -> EngineInfo:
-        return EngineInfo.model_validate_json(self.http.get(f"/v1/engines/{engine_id}").content)
-
-
-def holder(token: str) -> dict[str, str]:
-    return {"authorization": f"Lease {token}"}
-
-
-def problem(response: httpx2.Response) -> Problem:
-    assert response.headers["content-type"] == "application/problem+json"
-    found = Problem.model_validate_json(response.content)
-    assert found.status == response.status_code
-    assert "\n" not in found.detail
-    return found
-
-
-def turn(grant: LeaseGrant, **changes: Any) -> dict[str, Any]:
-    return {
-        "kind": "turn_finished",
-        "token": grant.token,
-        "prompt_tokens": 4_000,
-        "completion_tokens": 96,
-        **changes,
-    }
+from tests.broker.desk_client import MIGRATING, TTL_MS, Client, problem, turn
 
 
 @pytest.fixture
@@ -106,7 +28,7 @@ def client(broker: InMemoryBroker) -> Client:
     return Client(broker)
 
 
-# ---- grants -----------------------------------------------------------------------------------------------------
+# ---- grants ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_grant_tells_everything_a_client_needs(client: Client) -> None:
@@ -188,7 +110,7 @@ def test_bounds_on_leases_and_queue() -> None:
     assert (found.status, found.code) == (429, "queue_full")
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_holder_reads_its_lease(client: Client, broker: InMemoryBroker) -> None:
@@ -241,7 +163,7 @@ def test_explain_shows_the_receipt_and_the_present_but_no_token(client: Client, 
     assert problem(client.http.get("/v1/leases/nobody/explain")).code == "lease_unknown"
 
 
-# ---- supersede --------------------------------------------------------------------------------------------------
+# ---- supersede -------------------------------------------------------------------------------------------------------
 
 
 def test_ten_failures_make_one_new_lease(client: Client) -> None:
@@ -272,223 +194,7 @@ def test_supersede_checks_token_and_epoch(client: Client) -> None:
     assert "epoch" in found.detail
 
 
-# ---- reports and renewals ---------------------------------------------------------------------------------------
-
-
-def test_a_turn_makes_the_ledger_exact_and_renews(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.clock.advance(30_000)
-    started = client.report({"kind": "turn_started", "token": grant.token, "input_tokens": 4_000})
-    assert [(status.verdict, status.expires_in_ms) for status in started] == [("ok", TTL_MS)]
-    [status] = client.report(turn(grant, migrated=True, prefill_engine_id="p0", prefill_ms=400, prompt_bytes=16_000))
-    assert (status.verdict, status.lease_id) == ("ok", grant.lease_id)
-    [lease] = broker.core.leases()
-    assert (lease.ledger_tokens, lease.turns, lease.migrations) == (4_096, 1, 1)
-    assert client.engine("d0").kv_leased_tokens == 4_096
-    fleet = FleetInfo.model_validate_json(client.http.get("/v1/fleet").content)
-    assert (fleet.migrations_total, fleet.grants_total, fleet.leases, fleet.preset) == (1, 1, 1, "paper")
-
-
-def test_one_bad_token_spoils_nothing_else(client: Client) -> None:
-    grant, other = client.grant("a"), client.grant("b")
-    client.release(other)
-    forged = grant.token[:-3] + "abc"
-    statuses = client.renew(forged, grant.token, "nonsense", other.token)
-    assert [status.verdict for status in statuses] == ["bad_token", "ok", "bad_token", "unknown"]
-    assert [status.lease_id for status in statuses] == [grant.lease_id, grant.lease_id, "", other.lease_id]
-
-
-def test_an_engine_failure_counts_for_the_engines_of_the_lease_only(client: Client) -> None:
-    grant = client.grant()
-    report = {"kind": "engine_failure", "token": grant.token, "incarnation": "d0#0", "phase": "decode"}
-    [status] = client.report({**report, "engine_id": "d0", "detail": "connection refused"})
-    assert status.verdict == "ok"
-    assert client.engine("d0").state == "suspect"
-    assert "decode: connection refused" in client.engine("d0").detail
-    [status] = client.report({**report, "engine_id": "d1", "incarnation": "d1#0"})
-    assert status.verdict == "bad_token"
-    assert client.engine("d1").state == "ready"
-
-
-def test_an_old_incarnations_failure_is_history(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.restart_engine("p0")
-    report = {"kind": "engine_failure", "token": grant.token, "engine_id": "p0", "phase": "prefill"}
-    [status] = client.report({**report, "incarnation": "p0#0"})
-    assert status.verdict == "ok"
-    assert client.engine("p0").state == "ready"
-
-
-def test_prefill_times_of_engines_outside_the_lease_teach_nothing(client: Client) -> None:
-    grant = client.grant()
-    before = client.engine("d1").prefill_rate_tokens_per_s
-    client.report(turn(grant, prefill_engine_id="d1", prefill_ms=1))
-    assert client.engine("d1").prefill_rate_tokens_per_s == before
-    client.report(turn(grant, prefill_engine_id="p0", prefill_ms=100))
-    assert client.engine("p0").prefill_rate_tokens_per_s == 40_000
-
-
-def test_a_restarted_decoder_loses_its_leases(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.restart_engine("d0")
-    assert [status.verdict for status in client.renew(grant.token)] == ["engine_lost"]
-    fresh = LeaseGrant.model_validate_json(client.supersede(grant).content)
-    assert (fresh.epoch, fresh.supersedes) == (2, grant.lease_id)
-    assert [status.verdict for status in client.renew(grant.token, fresh.token)] == ["engine_lost", "ok"]
-
-
-# ---- park and release -------------------------------------------------------------------------------------------
-
-
-def test_park_shortens_the_life(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    status = client.park(grant)
-    assert (status.verdict, status.expires_in_ms) == ("ok", 10_000)
-    broker.clock.advance(9_999)
-    assert broker.core.lease_count() == 1
-    broker.clock.advance(1)
-    assert broker.core.lease_count() == 0
-    assert client.park(grant).verdict == "unknown"
-
-
-def test_release_is_idempotent_and_final(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    assert [client.release(grant).status_code for _ in range(2)] == [204, 204]
-    assert client.release(grant).content == b""
-    assert broker.core.lease_count() == 0
-    assert client.engine("d0").kv_leased_tokens == 0
-    assert [status.verdict for status in client.renew(grant.token)] == ["unknown"]
-    assert problem(client.http.delete(f"/v1/leases/{grant.lease_id}")).code == "bad_token"
-
-
-# ---- the life of tokens -----------------------------------------------------------------------------------------
-
-
-def test_a_token_outlives_the_lease_it_stands_for(client: Client, broker: InMemoryBroker) -> None:
-    """Whoever renews at a third of the TTL and takes fresh tokens as they come never holds one that is over."""
-    token = client.grant().token
-    tokens = {token}
-    for _ in range(60):
-        broker.clock.advance(TTL_MS // 3)
-        [status] = client.renew(token)
-        assert status.verdict == "ok"
-        token = status.token or token
-        tokens.add(token)
-        assert read_unverified(token).exp_ms >= broker.clock.now_ms() + status.expires_in_ms
-    assert 10 <= len(tokens) <= 25, "fresh ones are given out when due, not every time"
-
-
-def test_a_fresh_token_follows_what_a_readoption_would_need(client: Client) -> None:
-    grant = client.grant()
-    assert client.renew(grant.token)[0].token is None
-    [moved] = client.report(turn(grant, migrated=True))
-    assert moved.token is not None
-    assert read_unverified(moved.token).migrations == 1
-    held = grant.model_copy(update={"token": moved.token})
-    assert client.report(turn(held, prompt_tokens=4_100))[0].token is None, "a little growth is not worth a token"
-    [grown] = client.report(turn(held, prompt_tokens=9_000))
-    assert grown.token is not None
-    assert read_unverified(grown.token).ledger_tokens == 9_096
-
-
-def test_the_lease_ends_exactly_at_its_ttl(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.clock.advance(TTL_MS - 1)
-    assert broker.core.lease_count() == 1
-    broker.clock.advance(1)
-    assert broker.core.lease_count() == 0
-    assert [status.verdict for status in client.renew(grant.token)] == ["unknown"], "no resurrection"
-
-
-def test_another_tenants_token_counts_nothing(broker: InMemoryBroker, client: Client) -> None:
-    grant = client.grant()
-    route, target = find_route("POST", f"/v1/leases/{grant.lease_id}/park")
-    call = Call(
-        now_ms=broker.clock.now_ms(),
-        tenant=TenantId("somebody else"),
-        target=target,
-        raw=b'{"token": "%s"}' % grant.token.encode(),
-    )
-    reply = broker._desk.handle(route, call).reply
-    assert isinstance(reply, Reply)
-    assert isinstance(reply.body, Problem)
-    assert (reply.status, reply.body.code) == (401, "bad_token")
-
-
-# ---- a broker that lost its state -------------------------------------------------------------------------------
-
-
-def test_renewals_bring_leases_back(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    [status] = client.report(turn(grant, migrated=True))
-    assert status.token is not None
-    before = client.engine("d0").kv_leased_tokens
-    broker.restart(lose_state=True)
-    assert client.engine("d0").kv_leased_tokens == 0
-    [status] = client.renew(status.token)
-    assert (status.verdict, status.lease_id) == ("ok", grant.lease_id)
-    assert client.engine("d0").kv_leased_tokens == before == 4_096
-    [lease] = broker.core.leases()
-    assert (lease.epoch, lease.migrations, lease.receipt.rule) == (1, 1, "readopted")
-    assert broker.core.counters.readopted == 1
-    assert client.grant().lease_id == grant.lease_id, "the key is taken again"
-
-
-@pytest.mark.parametrize("word", ["report", "park", "supersede", "release"])
-def test_any_word_of_a_holder_will_do(client: Client, broker: InMemoryBroker, word: str) -> None:
-    grant = client.grant()
-    broker.restart(lose_state=True)
-    match word:
-        case "report":
-            assert client.report(turn(grant))[0].verdict == "ok"
-            assert broker.core.lease_count() == 1
-        case "park":
-            assert client.park(grant).verdict == "ok"
-        case "supersede":
-            assert LeaseGrant.model_validate_json(client.supersede(grant).content).epoch == 2
-        case _:
-            assert client.release(grant).status_code == 204
-            assert client.renew(grant.token)[0].verdict == "unknown", "released here, so it stays released"
-
-
-def test_nothing_is_readopted_after_its_token_ended(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.stop()
-    broker.clock.advance(2 * TTL_MS - 1)
-    broker.start(lose_state=True)
-    assert client.renew(grant.token)[0].verdict == "ok", "the last instant to which a renewal may have carried it"
-    broker.stop()
-    broker.clock.advance(1)
-    broker.start(lose_state=True)
-    assert client.renew(grant.token)[0].verdict == "unknown"
-    assert problem(client.read(grant.lease_id, grant.token)).code == "lease_unknown"
-    assert problem(client.supersede(grant)).code == "lease_unknown"
-
-
-def test_nothing_is_readopted_onto_another_incarnation(client: Client, broker: InMemoryBroker) -> None:
-    grant = client.grant()
-    broker.stop()
-    broker.restart_engine("d0")
-    broker.start(lose_state=True)
-    assert client.renew(grant.token)[0].verdict == "engine_lost"
-
-
-def test_after_an_outage_longer_than_tokens_live_the_journal_still_counts(
-    client: Client, broker: InMemoryBroker
-) -> None:
-    grant = client.grant()
-    broker.stop()
-    with pytest.raises(httpx2.ConnectError):
-        client.renew(grant.token)
-    broker.clock.advance(10 * TTL_MS)
-    broker.start()
-    [status] = client.renew(grant.token)
-    assert status.verdict == "ok", "recovered from the journal, inside the grace"
-    assert status.token is not None, "and no longer dependent on a token that is over"
-    assert client.renew(status.token)[0].verdict == "ok"
-
-
-# ---- engines ----------------------------------------------------------------------------------------------------
+# ---- engines ---------------------------------------------------------------------------------------------------------
 
 
 def test_draining_keeps_leases_and_gives_no_new_one(client: Client) -> None:
@@ -509,7 +215,7 @@ def test_engines_are_listed_by_id(client: Client) -> None:
     assert "d0, d1, p0" in found.detail
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -447,6 +447,12 @@ class BrokerMachine(RuleBasedStateMachine):
     def the_books_agree(self) -> None:
         self.oracle.check(self.broker)
 
+    @invariant()
+    def nothing_is_kept_of_leases_that_ended(self) -> None:
+        state = self.broker._state
+        live = {lease.lease_id for lease in self.broker.leases()}
+        assert {*state.contexts, *state.directives, *state.prefixes._of_lease} <= live
+
     def teardown(self) -> None:
         """In the end everyone leaves, and nothing is left in any ledger."""
         if not hasattr(self, "broker"):
@@ -454,6 +460,9 @@ class BrokerMachine(RuleBasedStateMachine):
         self._at(self.now_ms + 100_000)
         assert self.broker.lease_count() == self.broker.waiting() == 0
         assert all(view.kv_leased_tokens == view.backlog_tokens == 0 for view in self.broker.engines())
+        queue = self.broker._state.queue
+        assert not queue._lines
+        assert not queue._of_key
 
     # ---- inside ----
 

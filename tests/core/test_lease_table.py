@@ -115,7 +115,13 @@ class LeaseTableMachine(RuleBasedStateMachine):
                 busy=sum(each.activity is Activity.BUSY for each in hosted),
             )
         for tenant in (TenantId("t"), TenantId("u")):
-            assert self.table.count_of(tenant) == sum(each.key.tenant == tenant for each in self.model.values())
+            owned = [each for each in self.model.values() if each.key.tenant == tenant]
+            assert self.table.count_of(tenant) == len(owned)
+            assert self.ledger.held_by(tenant) == sum(each.ledger_tokens for each in owned)
+        hosts = {each.decoder.engine_id for each in self.model.values()}
+        assert self.table.decoders() == tuple(sorted(hosts))
+        assert self.ledger._accounts.keys() == hosts, "no account outlives its leases"
+        assert self.table.removals == self.serial - len(self.model)
         assert self.table.next_expiry_ms() == min((each.expires_at_ms for each in self.model.values()), default=None)
 
     def _pick(self, pick: int) -> Lease:

@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conserve_sdk.core import (
-    PAPER,
     Activity,
-    BrokerSettings,
     DropReason,
     EngineId,
     EngineRemoved,
@@ -27,11 +25,7 @@ from conserve_sdk.core import (
     Tokens,
     Waiting,
 )
-from tests.core.world import M, World, answer, answers, engines, granted, key, only, spec
-
-
-def settings(**changes: object) -> BrokerSettings:
-    return replace(BrokerSettings(placement=PAPER), **changes)  # type: ignore[arg-type]
+from tests.core.world import M, World, answer, answers, engines, granted, key, only, settings, spec
 
 
 def verdict(decisions: list[object]) -> LeaseVerdict:
@@ -221,7 +215,7 @@ def test_a_parked_lease_is_not_kept_by_renewals_nor_by_parking_again() -> None:
     world.park(lease)
     world.now_ms = 5_000
     assert world.renew(lease).verdict is LeaseVerdict.OK
-    assert answer(world.park(lease)).verdict is LeaseVerdict.OK
+    assert [type(each) for each in world.park(lease)] == [LeaseAnswered], "nothing changed, nothing to write"
     assert world.broker.next_deadline_ms() == 10_000
 
 
@@ -231,7 +225,7 @@ def test_parking_never_lengthens_a_life() -> None:
     world.now_ms = 55_000
     parked = answer(world.park(lease)).lease
     assert parked is not None
-    assert parked.expires_at_ms == 60_000
+    assert (parked.activity, parked.expires_at_ms) == (Activity.PARKED, 60_000)
 
 
 def test_a_turn_brings_a_parked_lease_back() -> None:
@@ -431,9 +425,16 @@ def test_what_is_granted_parked_or_adopted_inside_the_grace_lives_through_it() -
     world = World(settings=settings(ttl_ms=Ms(1_000), park_ttl_ms=Ms(100)), now_ms=10)
     recovered(world, grace_ms=5_000)
     world.park(world.grant("parked"))
-    world.grant("granted")
+    assert world.grant("granted").expires_at_ms == 5_010, "its holder hears of it"
     world.readopt(lost)
     assert [lease.expires_at_ms for lease in world.broker.leases()] == [5_010, 5_010, 5_010]
+
+
+def test_without_a_grace_what_is_over_ends_with_the_recovery_itself() -> None:
+    _, leases = restarted_world()
+    world = World(now_ms=max(lease.expires_at_ms for lease in leases))
+    ended = [each.lease for each in recovered(world, *leases, grace_ms=0) if isinstance(each, LeaseDropped)]
+    assert (sorted(lease.lease_id for lease in ended), world.broker.lease_count()) == (["l1", "l2", "l3"], 0)
 
 
 def test_a_life_longer_than_the_grace_is_kept() -> None:

@@ -52,6 +52,11 @@ T = TypeVar("T")
 CAPACITY = 100_000
 
 
+def settings(**changes: Any) -> BrokerSettings:
+    """The paper's rule, and what a test changes beside it."""
+    return BrokerSettings(**{"placement": PAPER, **changes})
+
+
 def key(conversation: str, *, tenant: str = "t", model: str = "m") -> LeaseKey:
     return LeaseKey(
         tenant=TenantId(tenant),
@@ -100,7 +105,7 @@ def engines(decoders: int = 2, prefillers: int = 1) -> list[EngineSpec]:
 class World:
     """Every method applies one event at `now_ms` and returns its decisions, or the one decision that matters."""
 
-    settings: BrokerSettings = field(default_factory=lambda: BrokerSettings(placement=PAPER))
+    settings: BrokerSettings = field(default_factory=settings)
     fleet: list[EngineSpec] = field(default_factory=engines)
     now_ms: int = 0
     broker: Broker = field(init=False)
@@ -246,3 +251,11 @@ def answer(decisions: list[Decision]) -> LeaseAnswered:
 
 def answers(decisions: list[Decision]) -> dict[RequestId, Granted | Refused]:
     return {each.request_id: each for each in decisions if isinstance(each, Granted | Refused)}
+
+
+def full_world(**changes: Any) -> World:
+    """One decoder, all of whose KV is leased to conversation `first`."""
+    world = World(fleet=engines(decoders=1), settings=settings(**changes))
+    world.observe("d0", max_model_len_tokens=Tokens(0))
+    world.grant("first", CAPACITY)
+    return world

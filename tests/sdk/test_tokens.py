@@ -229,10 +229,24 @@ def test_a_token_beyond_the_bound_is_not_even_read() -> None:
         read_unverified("a" * (TOKEN_CHARS_MAX + 1))
 
 
+def test_a_token_as_long_as_the_bound_is_signed_and_read() -> None:
+    signer = TokenSigner([SigningKey(kid="kk", secret=b"k" * 32)])
+    token = signer.sign(dataclasses.replace(CLAIMS, model=ModelName("m" * 2_625)))
+    assert len(token) == TOKEN_CHARS_MAX
+    assert signer.verify(token, now_ms=BEFORE).lease_id == CLAIMS.lease_id
+
+
 def test_a_token_beyond_the_bound_is_not_signed() -> None:
     long = dataclasses.replace(CLAIMS, model=ModelName("m" * TOKEN_CHARS_MAX))
     with pytest.raises(TokenError, match="use shorter"):
         SIGNER.sign(long)
+
+
+@pytest.mark.parametrize("stray", ["!", "+", "!!!!", "    "])
+def test_a_character_that_is_not_base64url_is_not_passed_over(stray: str) -> None:
+    header, payload, signature = SIGNER.sign(CLAIMS).split(".")
+    with pytest.raises(TokenInvalid, match="not base64url"):
+        read_unverified(f"{header}.{payload[:8]}{stray}{payload[8:]}.{signature}")
 
 
 def test_the_longest_ids_of_the_protocol_fit() -> None:
