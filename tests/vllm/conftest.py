@@ -24,6 +24,9 @@ REQUIRE_VARIABLE = "CONSERVE_REQUIRE_VLLM"
 GUARDED_VARIABLE = "CONSERVE_VLLM_GUARDED"
 """Set to run the tests of broker and SDK (those with `stage`) through guards."""
 
+EMPTY_BUDGET_S = 90.0
+"""A prefiller's blocks wait 30 s for a decoder that never comes."""
+
 RECOVERY = "seconds to recovery"
 
 
@@ -102,6 +105,31 @@ def mended(fleet: VllmFleet) -> Iterator[None]:
     """Starts again what a test killed."""
     yield
     _mend(fleet)
+
+
+@pytest.fixture
+def emptied(fleet: VllmFleet, prefiller_emptied: None) -> Iterator[None]:
+    """After the test, its clients and brokers closed, no decoder that lives keeps KV in use.
+
+    Name it after `mended`, so that it looks before a restart would make all well.
+    """
+    yield
+    _check_empty(fleet, "d0", "d1")
+
+
+@pytest.fixture(scope="module")
+def prefiller_emptied(fleet: VllmFleet) -> Iterator[None]:
+    """The same of the prefiller, once for all of a file's tests: its blocks wait for a decoder that never comes."""
+    yield
+    _check_empty(fleet, "p0")
+
+
+def _check_empty(fleet: VllmFleet, *engine_ids: str) -> None:
+    with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
+        engines = RawProtocol(fleet, http)
+        for engine_id in filter(fleet.is_alive, engine_ids):
+            left = engines.settled(engine_id, lambda now: now.kv_used_tokens == 0, budget_s=EMPTY_BUDGET_S)
+            assert left.running == left.waiting == 0
 
 
 def _mend(fleet: VllmFleet) -> None:

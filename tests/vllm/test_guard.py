@@ -4,12 +4,14 @@
 """
 
 import contextlib
+import json
+from contextlib import closing
 
 import httpx2
 import pytest
 
 from .guarded import HOLD, PREFILL
-from .leased import Conversation, Stage
+from .leased import Conversation, Network, Stage
 from .raw import RawProtocol
 
 DEATH_BUDGET_S = 60.0
@@ -51,6 +53,29 @@ def test_a_second_use_is_refused_where_vllm_would_answer_wrong_text(leased):
     leased.ask("d0", body | {"kv_transfer_params": params})
     leased.refused(body, params, code="transfer_used")
     leased.check_well(body)
+
+
+class Twice(Network):
+    """A way to the engines on which somebody repeats what makes them pull KV."""
+
+    def handle_request(self, request):
+        if json.loads(request.read()).get("kv_transfer_params", {}).get("do_remote_prefill"):
+            twin = httpx2.Request(request.method, request.url, headers=request.headers, content=request.content)
+            with httpx2.Client(timeout=60, trust_env=False) as http:
+                http.send(twin).raise_for_status()
+        return super().handle_request(request)
+
+
+def test_kv_that_was_pulled_already_costs_the_sdk_a_local_prefill(leased, guarded_fleet, tmp_path):
+    stage = Stage(guarded_fleet, RawProtocol(guarded_fleet, leased.http), tmp_path)
+    one = [engine for engine in guarded_fleet.broker_engines() if engine["id"] in {"p0", "d0"}]
+    with closing(stage), Twice(guarded_fleet) as network:
+        client = stage.client(stage.sdk(stage.broker(engines=one), engine_transport=network))
+        talk = Conversation(stage, "pulled before", words=300)
+        talk.ask(client)
+        assert (stage.last.error, stage.last.loss, stage.last.migrated) == ("", "transfer_failed", False)
+        talk.ask(client)
+        assert (stage.last.error, stage.last.loss, stage.last.hops) == ("", "", 1)
 
 
 def test_a_longer_prompt_is_refused_where_vllm_would_end(leased):

@@ -8,6 +8,8 @@ from conserve_sdk import BrokerUnavailable
 
 from .leased import HOLD_OFF, Conversation, Meter, within
 
+pytestmark = pytest.mark.usefixtures("emptied")
+
 GONE_BUDGET_S = 60.0
 """For a conversation without a broker: the turns themselves, and at the end a goodbye that nobody hears."""
 

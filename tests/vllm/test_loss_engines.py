@@ -12,7 +12,7 @@ import pytest
 
 from .leased import HOLD_OFF, Conversation, Meter, within
 
-pytestmark = pytest.mark.usefixtures("mended")
+pytestmark = pytest.mark.usefixtures("mended", "emptied")
 
 LOCAL_BUDGET_S = 40.0
 """Up to 5 s of vLLM's own handshake with a dead prefiller, then a short prompt computed by the decoder."""
@@ -24,7 +24,7 @@ def test_prefiller_killed_between_the_legs(stage, fleet, recovered):
         if call.engine_id == "p0":
             fleet.kill("p0")
 
-    client = stage.client(stage.sdk(stage.broker(), engine_transport=stage.network(after=kill_after_prefill)))
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF), engine_transport=stage.network(after=kill_after_prefill)))
     talk = Conversation(stage, "orphan")
     before = fleet.metrics("d0") + fleet.metrics("d1")
     with within(LOCAL_BUDGET_S):
@@ -40,7 +40,7 @@ def test_prefiller_killed_between_the_legs(stage, fleet, recovered):
 
 
 def test_prefiller_dead_before_the_first_turn(stage, fleet, recovered):
-    client = stage.client(stage.sdk(stage.broker()))
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF)))
     fleet.kill("p0")
     talk = Conversation(stage, "no prefiller")
     with within(LOCAL_BUDGET_S):
@@ -52,7 +52,7 @@ def test_prefiller_dead_before_the_first_turn(stage, fleet, recovered):
 
 
 def test_decoder_killed_between_turns_hands_the_conversation_over(stage, fleet, recovered):
-    client = stage.client(stage.sdk(stage.broker()))
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF)))
     talk = Conversation(stage, "hand over")
     talk.ask(client)
     first = stage.last
@@ -73,7 +73,7 @@ def test_decoder_killed_between_turns_hands_the_conversation_over(stage, fleet, 
 
 
 def test_streamed_turn_fails_over_before_its_first_byte(stage, fleet, recovered):
-    client = stage.client(stage.sdk(stage.broker()))
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF)))
     talk = Conversation(stage, "streamed hand over")
     talk.ask(client, stream=True)
     fleet.kill(stage.last.decoder_id)
@@ -84,7 +84,7 @@ def test_streamed_turn_fails_over_before_its_first_byte(stage, fleet, recovered)
 
 
 def test_decoder_restarted_between_turns_is_noticed_and_leased_again(stage, fleet, recovered):
-    conserve = stage.sdk(stage.broker())
+    conserve = stage.sdk(stage.broker(**HOLD_OFF))
     client = stage.client(conserve)
     talk = Conversation(stage, "amnesia")
     talk.ask(client)
@@ -104,7 +104,7 @@ def test_decoder_restarted_between_turns_is_noticed_and_leased_again(stage, flee
 
 
 def test_both_decoders_dead_is_an_error_that_openai_knows(stage, fleet, recovered):
-    client = stage.client(stage.sdk(stage.broker(), wait_s=1.0), timeout=LOCAL_BUDGET_S)
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF), wait_s=1.0), timeout=LOCAL_BUDGET_S)
     talk = Conversation(stage, "nobody left")
     talk.ask(client)
     fleet.kill("d0")

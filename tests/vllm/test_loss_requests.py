@@ -10,6 +10,8 @@ from conserve_sdk import LeaseRefused, Timeouts
 
 from .leased import HOLD_OFF, Conversation, Meter, within
 
+pytestmark = pytest.mark.usefixtures("emptied")
+
 BUDGET_S = 60.0
 DEADLY = {"do_remote_prefill": True}
 """Alone, it ends the decoder process (see test_dangers)."""
@@ -67,6 +69,32 @@ def test_a_retry_by_openai_does_not_send_params_again(stage, recovered):
     recovered("four answers of 500, openai's own retry after them: both turns, without its pause", both_s)
     assert (first.error, first.loss) == ("http_500", "transfer_failed")
     assert last.error == ""
+
+
+def test_kv_that_was_pulled_for_an_answer_that_got_lost_is_not_pulled_again(stage, fleet, recovered):
+    """The decoder has fetched the KV, the prefiller has freed it: the same params would now answer wrong text."""
+    lost = []
+
+    def lose(call):
+        if call.pulls and not lost:
+            lost.append(call)
+            raise httpx2.ReadError("the answer got lost")
+
+    network = stage.network(after=lose)
+    client = stage.client(stage.sdk(stage.broker(**HOLD_OFF), engine_transport=network))
+    talk = Conversation(stage, "pulled, and lost", words=300)
+    meter = Meter(fleet)
+    with within(BUDGET_S):
+        talk.ask(client)
+    recovered("the answer to a first turn gets lost after its KV was fetched", stage.last_s)
+    assert len(lost) == 1
+    assert (stage.last.error, stage.last.loss, stage.last.migrated) == ("", "transfer_failed", False)
+    pulls = [call.params["remote_request_id"] for call in network.calls if call.pulls]
+    assert len(pulls) == len(set(pulls)) == len([call for call in network.calls if call.engine_id == "p0"])
+    counted = meter.settled(requests=2, transfers=len(pulls))
+    assert (counted.decoders.transfers, counted.decoders.failed_transfers) == (len(pulls), 0)
+    talk.ask(client)
+    assert (stage.last.error, stage.last.loss, stage.last.hops) == ("", "", 1)
 
 
 def test_a_follow_up_longer_than_the_model_gets_vllms_own_words(stage, fleet, recovered):

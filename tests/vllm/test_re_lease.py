@@ -1,4 +1,7 @@
-"""A lease that moves on real vLLM: the old decoder's cache is what the new one pulls, and nothing is computed twice."""
+"""A lease that moves on real vLLM: the old decoder's cache is what the new one pulls, and nothing is computed twice.
+
+First by a word put into a broker's mouth, so that every number is known beforehand; then by a broker's own drain.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from contextlib import closing
 import httpx2
 import pytest
 
-from .leased import Conversation, Meter, within
+from .leased import HOLD_OFF, Conversation, Meter, within
 
 BUDGET_S = 100.0
 
@@ -83,3 +86,33 @@ def test_a_lease_moves_from_decoder_to_decoder(directing, stage, stream):
     # The old decoder computed what the turn before had not left there, and the new one pulled it all.
     assert counted.decoders.prompt_transferred_tokens >= before.prompt_tokens + moved.prompt_tokens - 4 * size
     assert counted.decoders.prompt_computed_tokens < 8 * size
+
+
+def test_whoever_is_on_a_drained_decoder_takes_its_kv_along(stage):
+    broker = stage.broker(placement={"preset": "paper", "re_lease": True}, **HOLD_OFF)
+    conserve = stage.sdk(broker)
+    client = stage.client(conserve)
+    talk = Conversation(stage, "drained", words=600)
+    meter = Meter(stage.fleet)
+    with within(BUDGET_S):
+        talk.ask(client)
+        old = stage.last.decoder_id
+        httpx2.post(f"{broker.url}/v1/engines/{old}/drain", trust_env=False).raise_for_status()
+        talk.ask(client)  # may have been told already, or is told by the answer to the report about it
+        assert conserve.flush(30)
+        talk.ask(client)
+        talk.ask(client)
+    first, *later = stage.turns.records
+    assert not any(record.error or record.loss for record in stage.turns.records)
+    (moved,) = [record for record in later if record.migrated]
+    assert moved.prefill_engine_id == old
+    assert moved.decoder_id != old
+    assert {record.decoder_id for record in later[later.index(moved) :]} == {moved.decoder_id}
+    assert later[-1] is not moved
+    assert moved.epoch > first.epoch or moved.lease_id != first.lease_id
+    counted = meter.settled(requests=5, transfers=2)
+    assert (counted.decoders.transfers, counted.decoders.failed_transfers) == (2, 0)
+    assert counted.prefiller.requests == 1, "nothing was prefilled twice"
+    assert conserve.flush(30)
+    left = httpx2.get(f"{broker.url}/v1/engines/{old}", trust_env=False).raise_for_status().json()
+    assert (left["state"], left["leases"]) == ("draining", 0)
