@@ -64,9 +64,15 @@ def fleet(vllm_here: None) -> Iterator[VllmFleet]:
         yield running
 
 
+def by_hand() -> httpx2.Client:
+    """A client for plain HTTP. It keeps no connection: vLLM closes idle ones after 5 s, perhaps as a request leaves."""
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    return httpx2.Client(timeout=REQUEST_BUDGET_S, limits=limits, trust_env=False)
+
+
 @pytest.fixture
 def raw(fleet: VllmFleet) -> Iterator[RawProtocol]:
-    with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
+    with by_hand() as http:
         yield RawProtocol(fleet, http)
 
 
@@ -125,7 +131,7 @@ def prefiller_emptied(fleet: VllmFleet) -> Iterator[None]:
 
 
 def _check_empty(fleet: VllmFleet, *engine_ids: str) -> None:
-    with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
+    with by_hand() as http:
         engines = RawProtocol(fleet, http)
         for engine_id in filter(fleet.is_alive, engine_ids):
             left = engines.settled(engine_id, lambda now: now.kv_used_tokens == 0, budget_s=EMPTY_BUDGET_S)
@@ -156,6 +162,6 @@ def guarded_fleet(vllm_here: None) -> Iterator[VllmFleet]:
 
 @pytest.fixture
 def leased(guarded_fleet: VllmFleet) -> Iterator[Leased]:
-    with httpx2.Client(timeout=REQUEST_BUDGET_S, trust_env=False) as http:
+    with by_hand() as http:
         yield Leased(guarded_fleet, http)
     _mend(guarded_fleet)

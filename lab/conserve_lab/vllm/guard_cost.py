@@ -150,8 +150,8 @@ def _measure(size_bytes: int) -> dict[str, float]:
     token = _token(key)
     now_ms = Ms(time.time_ns() // 1_000_000)
 
-    def guard(engine_id: str, app: App) -> LeaseGuard:
-        settings = GuardSettings(engine_id=EngineId(engine_id), keys=(key,))
+    def guard(engine_id: str, app: App, *, require_lease: bool = False) -> LeaseGuard:
+        settings = GuardSettings(engine_id=EngineId(engine_id), keys=(key,), require_lease=require_lease)
         # Time stands still: a loaded machine must not make params too old to be measured.
         return LeaseGuard(app, settings, now_ms=lambda: now_ms, incarnation=lambda: Incarnation("life"))
 
@@ -176,6 +176,7 @@ def _measure(size_bytes: int) -> dict[str, float]:
     prefiller = _prefiller(json.dumps(_answer(ids)).encode())
     return {
         "plain turn": _cpu_us(guard("d0", _reader), always(None)) - bare,
+        "lease required": _cpu_us(guard("d0", _reader, require_lease=True), always(None)) - bare,
         "held turn": _cpu_us(guard("d0", _reader), always({"do_remote_decode": True})) - bare,
         "prefill leg": _cpu_us(guard("p0", prefiller), always(leg)) - _cpu_us(prefiller, always(leg)),
         "decode leg": _once_each_us(guard("d0", _reader), few) - bare,
@@ -206,8 +207,8 @@ def main() -> None:
         found = _measure(size_bytes)
         if not kinds:
             kinds = list(found)
-            sys.stdout.write("body     " + "".join(f"{kind:>14}" for kind in kinds) + "   (CPU us per request)\n")
-        sys.stdout.write(f"{size_bytes // 1024:>4} KiB " + "".join(f"{found[kind]:>14.0f}" for kind in kinds) + "\n")
+            sys.stdout.write("body     " + "".join(f"{kind:>16}" for kind in kinds) + "   (CPU us per request)\n")
+        sys.stdout.write(f"{size_bytes // 1024:>4} KiB " + "".join(f"{found[kind]:>16.0f}" for kind in kinds) + "\n")
 
 
 if __name__ == "__main__":
