@@ -22,6 +22,7 @@ from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
+from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport
 from conserve_sdk._loops import PerLoop
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
@@ -150,11 +151,13 @@ class SyncBrokerClient:
     def _http(self) -> httpx2.Client:
         with self._lock:
             if self._client is None:
-                transport = self._transport or httpx2.HTTPTransport(
-                    verify=self._access.verify(self._brokers.urls), limits=LIMITS
-                )
+                transport = self._transport or self._network()
                 self._client = httpx2.Client(transport=transport, headers=self._access.headers())
             return self._client
+
+    def _network(self) -> httpx2.BaseTransport:
+        verify = self._access.verify(self._brokers.urls)
+        return Http1Transport(limits=LIMITS) if verify is False else httpx2.HTTPTransport(verify=verify, limits=LIMITS)
 
     def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
         attempts = Attempts(
@@ -253,8 +256,13 @@ class AsyncBrokerClient:
         await self._clients.aclose()
 
     def _make_client(self) -> httpx2.AsyncClient:
-        transport = self._transport or AsyncHTTPTransport(verify=self._access.verify(self._brokers.urls), limits=LIMITS)
+        transport = self._transport or self._network()
         return httpx2.AsyncClient(transport=transport, headers=self._access.headers())
+
+    def _network(self) -> httpx2.AsyncBaseTransport:
+        verify = self._access.verify(self._brokers.urls)
+        plain = verify is False
+        return AsyncHttp1Transport(limits=LIMITS) if plain else AsyncHTTPTransport(verify=verify, limits=LIMITS)
 
     async def _close_client(self, client: httpx2.AsyncClient) -> None:
         if self._transport is None:

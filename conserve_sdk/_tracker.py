@@ -12,6 +12,7 @@ from typing import Any
 
 from conserve_sdk._kind import Kind
 from conserve_sdk._stencil import Stencil, cut_stencil
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.telemetry import TBT_SAMPLES_MAX
 
 __all__ = ["TurnFacts", "TurnTracker"]
@@ -28,6 +29,7 @@ _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_c
 _FINAL_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFacts:
     """What a response said about its turn.

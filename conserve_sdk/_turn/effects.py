@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import httpx2
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.protocol import EngineList, LeaseGrant, LeaseRequest, SupersedeRequest
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Fetch:
     request: httpx2.Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
     """Send a request to an engine and wait for the first bytes of its body; answered with `Opened`.
@@ -90,6 +92,7 @@ class Wait:
     timeout_s: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
     """A whole answer.
@@ -103,6 +106,7 @@ class Fetched:
     arrived_us: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """A response whose first bytes have come.

@@ -12,6 +12,7 @@ from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerError, LeaseError, LeaseRefused, ProtocolError, RateLimited
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
@@ -21,6 +22,7 @@ __all__ = ["Place", "Placing"]
 log = logging.getLogger("conserve_sdk.turn")
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where one attempt of a turn goes.
