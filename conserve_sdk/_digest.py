@@ -302,6 +302,11 @@ def _media_bytes(message: Any) -> int:
 
 
 def _canonical(value: Any) -> bytes:
+    if type(value) is dict and len(value) == 2:
+        content, role = value.get("content"), value.get("role")
+        if type(content) is str and type(role) is str:  # nearly every message: said without building an encoder
+            text = f'{{"content":{_quote(content)},"role":{_quote(role)}}}'
+            return text.encode("utf-8", "surrogatepass")
     return _encode(value).encode("utf-8", "surrogatepass")
 
 
@@ -318,4 +323,5 @@ def _roll(link: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=link).digest()
 
 
+_quote = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode

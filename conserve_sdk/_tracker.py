@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from conserve_sdk._kind import Kind
 from conserve_sdk._stencil import Stencil, cut_stencil
 from conserve_sdk.core._quick import quick_init
@@ -300,10 +302,18 @@ def _is_text(value: object) -> bool:
 
 def _json_object(payload: bytes) -> dict[str, Any] | None:
     try:
-        data = json.loads(payload)
+        data = from_json(payload)
+    except ValueError:
+        data = _slowly(payload)
+    return data if isinstance(data, dict) else None
+
+
+def _slowly(payload: bytes) -> object:
+    """What the quick parser refuses and others read, such as half a surrogate pair."""
+    try:
+        return json.loads(payload)
     except ValueError:
         return None  # not ours to judge: the application gets the same bytes
-    return data if isinstance(data, dict) else None
 
 
 def _objects(value: object) -> list[dict[str, Any]]:
