@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conserve_sdk._kind import Kind
+from conserve_sdk.core._quick import quick_init
 
 __all__ = [
     "BadBody",
@@ -64,6 +65,7 @@ class BadBody(ValueError):  # noqa: N818 -- says what happened
     """The body cannot be a turn; the message says what is wrong with it, for a 400 answer."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnBody:
     """One application request, parsed.

@@ -56,6 +56,7 @@ class Attempts:
             for the whole patience when there is no broker.
         clock: seconds.
         jitter: uniform in [0, 1).
+        gone_ms: how long brokers are tried again that do not even take a connection; None: as those that are silent.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Attempts:
         *,
         budget_ms: int,
         patience_ms: int,
+        gone_ms: int | None = None,
         clock: Callable[[], float],
         jitter: Callable[[], float],
     ) -> None:
@@ -74,6 +76,7 @@ class Attempts:
         self._started_s = clock()
         self._budget_ms = budget_ms
         self._silence_ms = max(budget_ms - patience_ms, min(budget_ms, CONNECT_MAX_MS))
+        self._gone_ms = self._silence_ms if gone_ms is None else min(gone_ms, self._silence_ms)
         self._silent_since_s: float | None = None
         self._patience_ms = min(patience_ms, max(0, budget_ms - REFUSAL_MARGIN_MS))
         self._failures = 0
@@ -125,7 +128,8 @@ class Attempts:
             BrokerUnavailable(
                 f"no answer from the broker ({what}): is it running, and is this its URL?",
                 broker_url=self._brokers.urls[self._index],
-            )
+            ),
+            gone=isinstance(exc, httpx2.ConnectError),
         )
 
     def pause_s(self, state: tenacity.RetryCallState) -> float:
@@ -152,7 +156,9 @@ class Attempts:
         if _problem_of(state).throttled:
             return self._elapsed_ms() + pause_ms >= self._budget_ms
         silent_s = self._clock() - (self._silent_since_s or self._started_s)
-        return silent_s * 1000 + pause_ms >= self._silence_ms or self._elapsed_ms() + pause_ms >= self._budget_ms
+        asked_all = self._failures >= len(self._brokers.urls)
+        silence_ms = self._gone_ms if _problem_of(state).gone and asked_all else self._silence_ms
+        return silent_s * 1000 + pause_ms >= silence_ms or self._elapsed_ms() + pause_ms >= self._budget_ms
 
     def _elapsed_ms(self) -> int:
         return round((self._clock() - self._started_s) * 1000)

@@ -89,16 +89,24 @@ class TryAgain(Exception):  # noqa: N818 -- a signal between the attempts of one
         retry_after_ms: the broker's wish, 0 without one.
         refusal: the broker itself is well; it refused for now.
         throttled: the broker itself is well, but we ask too often.
+        gone: nobody took the connection.
     """
 
     def __init__(
-        self, error: BrokerError, *, retry_after_ms: int = 0, refusal: bool = False, throttled: bool = False
+        self,
+        error: BrokerError,
+        *,
+        retry_after_ms: int = 0,
+        refusal: bool = False,
+        throttled: bool = False,
+        gone: bool = False,
     ) -> None:
         super().__init__(str(error))
         self.error = error
         self.retry_after_ms = retry_after_ms
         self.refusal = refusal
         self.throttled = throttled
+        self.gone = gone
 
 
 def acquire_call(request: LeaseRequest, *, wait_ms: int, trace: Mapping[str, str] | None = None) -> BrokerCall:

@@ -22,6 +22,7 @@ from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
+from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport
 from conserve_sdk._loops import PerLoop
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
@@ -83,10 +84,18 @@ class SyncBrokerClient:
         """The brokers, in the order given."""
         return self._brokers.urls
 
-    def acquire(self, request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None) -> LeaseGrant:
+    def acquire(
+        self,
+        request: LeaseRequest,
+        *,
+        budget_ms: int,
+        gone_ms: int | None = None,
+        trace: Mapping[str, str] | None = None,
+    ) -> LeaseGrant:
         """Ask for a lease; `request.wait_ms` of the budget may pass in the broker's queue.
 
-        `trace` holds headers (`traceparent`, `tracestate`) that let the broker join the caller's trace.
+        `gone_ms` is how long brokers are tried again that take no connection; None: like silent ones. `trace`
+        holds headers (`traceparent`, `tracestate`) that let the broker join the caller's trace.
 
         Raises:
             LeaseRefused: not admitted within `wait_ms`.
@@ -96,10 +105,17 @@ class SyncBrokerClient:
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
+            gone_ms=gone_ms,
         )
 
     def supersede(
-        self, lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+        self,
+        lease_id: str,
+        request: SupersedeRequest,
+        *,
+        budget_ms: int,
+        gone_ms: int | None = None,
+        trace: Mapping[str, str] | None = None,
     ) -> LeaseGrant:
         """Replace a lease whose engine failed.
 
@@ -111,6 +127,7 @@ class SyncBrokerClient:
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
+            gone_ms=gone_ms,
         )
 
     def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> LeaseStatus:
@@ -150,15 +167,24 @@ class SyncBrokerClient:
     def _http(self) -> httpx2.Client:
         with self._lock:
             if self._client is None:
-                transport = self._transport or httpx2.HTTPTransport(
-                    verify=self._access.verify(self._brokers.urls), limits=LIMITS
-                )
+                transport = self._transport or self._network()
                 self._client = httpx2.Client(transport=transport, headers=self._access.headers())
             return self._client
 
-    def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
+    def _network(self) -> httpx2.BaseTransport:
+        verify = self._access.verify(self._brokers.urls)
+        return Http1Transport(limits=LIMITS) if verify is False else httpx2.HTTPTransport(verify=verify, limits=LIMITS)
+
+    def _perform(
+        self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0, gone_ms: int | None = None
+    ) -> _T:
         attempts = Attempts(
-            self._brokers, budget_ms=budget_ms, patience_ms=patience_ms, clock=self._clock, jitter=self._jitter
+            self._brokers,
+            budget_ms=budget_ms,
+            patience_ms=patience_ms,
+            gone_ms=gone_ms,
+            clock=self._clock,
+            jitter=self._jitter,
         )
 
         def attempt() -> _T:
@@ -205,7 +231,12 @@ class AsyncBrokerClient:
         self._clients = PerLoop(self._make_client, close=self._close_client)
 
     async def acquire(
-        self, request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+        self,
+        request: LeaseRequest,
+        *,
+        budget_ms: int,
+        gone_ms: int | None = None,
+        trace: Mapping[str, str] | None = None,
     ) -> LeaseGrant:
         """See `SyncBrokerClient.acquire`."""
         return await self._perform(
@@ -213,10 +244,17 @@ class AsyncBrokerClient:
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
+            gone_ms=gone_ms,
         )
 
     async def supersede(
-        self, lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str] | None = None
+        self,
+        lease_id: str,
+        request: SupersedeRequest,
+        *,
+        budget_ms: int,
+        gone_ms: int | None = None,
+        trace: Mapping[str, str] | None = None,
     ) -> LeaseGrant:
         """See `SyncBrokerClient.supersede`."""
         return await self._perform(
@@ -224,6 +262,7 @@ class AsyncBrokerClient:
             calls.parse_grant,
             budget_ms=budget_ms,
             patience_ms=request.wait_ms,
+            gone_ms=gone_ms,
         )
 
     async def park(self, lease_id: str, token: str, *, budget_ms: int = 2_000) -> LeaseStatus:
@@ -253,16 +292,28 @@ class AsyncBrokerClient:
         await self._clients.aclose()
 
     def _make_client(self) -> httpx2.AsyncClient:
-        transport = self._transport or AsyncHTTPTransport(verify=self._access.verify(self._brokers.urls), limits=LIMITS)
+        transport = self._transport or self._network()
         return httpx2.AsyncClient(transport=transport, headers=self._access.headers())
+
+    def _network(self) -> httpx2.AsyncBaseTransport:
+        verify = self._access.verify(self._brokers.urls)
+        plain = verify is False
+        return AsyncHttp1Transport(limits=LIMITS) if plain else AsyncHTTPTransport(verify=verify, limits=LIMITS)
 
     async def _close_client(self, client: httpx2.AsyncClient) -> None:
         if self._transport is None:
             await client.aclose()
 
-    async def _perform(self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0) -> _T:
+    async def _perform(
+        self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0, gone_ms: int | None = None
+    ) -> _T:
         attempts = Attempts(
-            self._brokers, budget_ms=budget_ms, patience_ms=patience_ms, clock=self._clock, jitter=self._jitter
+            self._brokers,
+            budget_ms=budget_ms,
+            patience_ms=patience_ms,
+            gone_ms=gone_ms,
+            clock=self._clock,
+            jitter=self._jitter,
         )
 
         async def attempt() -> _T:

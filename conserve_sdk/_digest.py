@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conserve_sdk._kind import Kind
+from conserve_sdk.core._quick import quick_init
 
 __all__ = ["Head", "PromptDigest", "digest_prompt", "extend_digest", "has_preamble", "is_models_own"]
 
@@ -45,6 +46,7 @@ _ROLE_CHARS_MAX = 32
 _MEDIA_KEYS = ("image_url", "input_audio", "audio_url", "video_url", "image_embeds", "file", "file_data", "image_pil")
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """The end of a known prompt: what is kept of it.
@@ -71,6 +73,7 @@ class Head:
         return self.chain[-DIGEST_BYTES:]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptDigest:
     """One request's prompt, digested. Holds the text of a tail (under `BLOCK_BYTES`) and nothing else of the prompt.
@@ -299,6 +302,11 @@ def _media_bytes(message: Any) -> int:
 
 
 def _canonical(value: Any) -> bytes:
+    if type(value) is dict and len(value) == 2:
+        content, role = value.get("content"), value.get("role")
+        if type(content) is str and type(role) is str:  # nearly every message: said without building an encoder
+            text = f'{{"content":{_quote(content)},"role":{_quote(role)}}}'
+            return text.encode("utf-8", "surrogatepass")
     return _encode(value).encode("utf-8", "surrogatepass")
 
 
@@ -315,4 +323,5 @@ def _roll(link: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES, key=link).digest()
 
 
+_quote = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str).encode

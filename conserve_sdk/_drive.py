@@ -52,10 +52,16 @@ class SyncPerformer:
         """Do what the flow asks for and return the answer; errors go back into the flow."""
         match effect:
             case Acquire():
-                return self.broker.acquire(effect.request, budget_ms=effect.budget_ms, trace=effect.trace)
+                return self.broker.acquire(
+                    effect.request, budget_ms=effect.budget_ms, gone_ms=effect.gone_ms, trace=effect.trace
+                )
             case Supersede():
                 return self.broker.supersede(
-                    effect.lease_id, effect.request, budget_ms=effect.budget_ms, trace=effect.trace
+                    effect.lease_id,
+                    effect.request,
+                    budget_ms=effect.budget_ms,
+                    gone_ms=effect.gone_ms,
+                    trace=effect.trace,
                 )
             case Park():
                 return self.broker.park(effect.lease_id, effect.token)
@@ -104,10 +110,16 @@ class AsyncPerformer:
         """Do what the flow asks for and return the answer; errors go back into the flow."""
         match effect:
             case Acquire():
-                return await self.broker.acquire(effect.request, budget_ms=effect.budget_ms, trace=effect.trace)
+                return await self.broker.acquire(
+                    effect.request, budget_ms=effect.budget_ms, gone_ms=effect.gone_ms, trace=effect.trace
+                )
             case Supersede():
                 return await self.broker.supersede(
-                    effect.lease_id, effect.request, budget_ms=effect.budget_ms, trace=effect.trace
+                    effect.lease_id,
+                    effect.request,
+                    budget_ms=effect.budget_ms,
+                    gone_ms=effect.gone_ms,
+                    trace=effect.trace,
                 )
             case Park():
                 return await self.broker.park(effect.lease_id, effect.token)

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId, ModelName
 from conserve_sdk.protocol import Binding, LeaseGrant
 
@@ -34,6 +35,7 @@ class ServedTurn(NamedTuple):
     prompt_bytes: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseView:
     """Snapshot of one entry.

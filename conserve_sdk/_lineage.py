@@ -17,6 +17,7 @@ from conserve_sdk._digest import Head, PromptDigest, digest_prompt
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._forks import ForkWatch, Rewrite, goes_on_from
 from conserve_sdk._kind import Kind
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, LineageId
 
 __all__ = ["Kind", "LineageBook", "LineageMatch", "PromptDigest", "Rewrite", "digest_prompt"]
@@ -25,6 +26,7 @@ _SAME_END_MAX = 256
 """Anonymous conversations with the same last link that are looked at (prompt strings under one block have only one)."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineageMatch:
     """Where a request belongs.

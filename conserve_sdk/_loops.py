@@ -51,7 +51,10 @@ class PerLoop(Generic[T]):
             held = self._loops.get(loop)
             if held is not None:
                 return held.thing
+            gone = [each for each in self._loops if each.is_closed()]
+            left = [self._loops.pop(each) for each in gone]
             held = self._loops[loop] = _Held(self._make())
+        left.clear()  # outside the lock: loops that were closed without a farewell leave their sockets to the collector
         held.farewell = self._close_with_loop(held)
         await anext(held.farewell)
         return held.thing

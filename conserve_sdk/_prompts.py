@@ -19,6 +19,7 @@ from conserve_sdk._bodies import JsonObject, TurnBody, local_because, read_body,
 from conserve_sdk._digest import PromptDigest, digest_prompt, extend_digest, has_preamble
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._kind import Kind
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId
 
 __all__ = ["PromptReader", "Reading"]
@@ -35,7 +36,8 @@ _BLANKS = b" \t\n\r"
 _decoder = json.JSONDecoder()
 
 
-@dataclass(frozen=True, slots=True)
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """A turn's body and the digest of its prompt."""
 
@@ -43,7 +45,8 @@ class Reading:
     digest: PromptDigest
 
 
-@dataclass(frozen=True, slots=True)
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
     """A prompt that was read.
 
@@ -151,13 +154,13 @@ def _read_all(kind: Kind, raw: bytes) -> _Read:
     parts = _split(kind, raw)
     if parts is None:
         body = read_body(kind, raw)
-        return Reading(body, digest_prompt(kind, body.data)), None
+        return Reading(body=body, digest=digest_prompt(kind, body.data)), None
     data, before, upto_bytes = parts
     items = data[_ITEMS[kind]]
     body = turn_body(kind, raw, data)
     digest = digest_prompt(kind, data)
     if body.stripped or not items:
-        return Reading(body, digest), None
+        return Reading(body=body, digest=digest), None
     options = {name: value for name, value in data.items() if name != _ITEMS[kind]}
     known = _Known(
         upto=raw[:upto_bytes],
@@ -169,7 +172,7 @@ def _read_all(kind: Kind, raw: bytes) -> _Read:
         media=refers_to_media(items),
         digest=digest,
     )
-    return Reading(body, digest), known
+    return Reading(body=body, digest=digest), known
 
 
 def _split(kind: Kind, raw: bytes) -> tuple[JsonObject, JsonObject, int] | None:
@@ -223,7 +226,7 @@ def _follow(kind: Kind, raw: bytes, known: _Known) -> _Read | None:
         local_because=reason or ("remote_media" if media else ""),
     )
     upto_bytes = len(raw) - after_bytes
-    return Reading(body, digest), _Known(
+    return Reading(body=body, digest=digest), _Known(
         upto=raw[:upto_bytes],
         after=raw[upto_bytes:],
         before=known.before,

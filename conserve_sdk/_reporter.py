@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from conserve_sdk._broker_client import SyncBrokerClient
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._registry import LeaseRegistry
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerUnavailable, ConServeError, LeaseClosed, RateLimited
 from conserve_sdk.protocol import RENEWALS_MAX, REPORTS_MAX, LeaseGrant, LeaseStatus, RenewalBatch, Report, ReportBatch
@@ -33,6 +34,7 @@ def monotonic_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Queued:
     report: Report

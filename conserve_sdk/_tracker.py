@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from conserve_sdk._kind import Kind
 from conserve_sdk._stencil import Stencil, cut_stencil
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.telemetry import TBT_SAMPLES_MAX
 
 __all__ = ["TurnFacts", "TurnTracker"]
@@ -28,6 +31,7 @@ _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "refusal", "tool_c
 _FINAL_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFacts:
     """What a response said about its turn.
@@ -298,10 +302,18 @@ def _is_text(value: object) -> bool:
 
 def _json_object(payload: bytes) -> dict[str, Any] | None:
     try:
-        data = json.loads(payload)
+        data = from_json(payload)
+    except ValueError:
+        data = _slowly(payload)
+    return data if isinstance(data, dict) else None
+
+
+def _slowly(payload: bytes) -> object:
+    """What the quick parser refuses and others read, such as half a surrogate pair."""
+    try:
+        return json.loads(payload)
     except ValueError:
         return None  # not ours to judge: the application gets the same bytes
-    return data if isinstance(data, dict) else None
 
 
 def _objects(value: object) -> list[dict[str, Any]]:

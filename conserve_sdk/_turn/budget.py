@@ -30,6 +30,8 @@ class Timeouts:
         prefill_share: share of the turn's remaining budget that the prefill may use at most.
         transfer_s: how long after the prefill's answer its KV may be pulled. Must stay well under the engine's own
             lease (vLLM: `kv_lease_duration`, 30 s): later than that the answer could be silently wrong.
+        broker_gone_s: with fallback engines: how long brokers are tried again where nobody takes the connection.
+            Without such engines, and for brokers that take it and say nothing, `broker_s` counts.
         broker_rest_s: with fallback engines: how long a broker that did not answer is left alone.
 
     Raises:
@@ -42,6 +44,7 @@ class Timeouts:
     prefill_s: float = 60.0
     prefill_share: float = 0.5
     transfer_s: float = 20.0
+    broker_gone_s: float = 0.5
     broker_rest_s: float = 5.0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import httpx2
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.protocol import EngineList, LeaseGrant, LeaseRequest, SupersedeRequest
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ class Acquire:
     budget_ms: int
     trace: Mapping[str, str] = field(default_factory=dict)
     """Headers that let the broker join the turn's trace."""
+    gone_ms: int | None = None
+    """How long a broker is tried again that takes no connection; None: like one that is silent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class Supersede:
     request: SupersedeRequest
     budget_ms: int
     trace: Mapping[str, str] = field(default_factory=dict)
+    gone_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,7 @@ class Fetch:
     request: httpx2.Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
     """Send a request to an engine and wait for the first bytes of its body; answered with `Opened`.
@@ -90,6 +95,7 @@ class Wait:
     timeout_s: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
     """A whole answer.
@@ -103,6 +109,7 @@ class Fetched:
     arrived_us: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """A response whose first bytes have come.
@@ -122,18 +129,20 @@ Effect: TypeAlias = Acquire | Supersede | Park | Release | ListEngines | Fetch |
 Flow: TypeAlias = Generator[Effect, Any, T]
 
 
-def acquire(request: LeaseRequest, *, budget_ms: int, trace: Mapping[str, str]) -> Flow[LeaseGrant]:
+def acquire(
+    request: LeaseRequest, *, budget_ms: int, gone_ms: int | None, trace: Mapping[str, str]
+) -> Flow[LeaseGrant]:
     """Typed form of `Acquire`."""
-    grant = yield Acquire(request=request, budget_ms=budget_ms, trace=trace)
+    grant = yield Acquire(request=request, budget_ms=budget_ms, gone_ms=gone_ms, trace=trace)
     assert isinstance(grant, LeaseGrant)
     return grant
 
 
 def supersede(
-    lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str]
+    lease_id: str, request: SupersedeRequest, *, budget_ms: int, trace: Mapping[str, str], gone_ms: int | None = None
 ) -> Flow[LeaseGrant]:
     """Typed form of `Supersede`."""
-    grant = yield Supersede(lease_id=lease_id, request=request, budget_ms=budget_ms, trace=trace)
+    grant = yield Supersede(lease_id=lease_id, request=request, budget_ms=budget_ms, gone_ms=gone_ms, trace=trace)
     assert isinstance(grant, LeaseGrant)
     return grant
 

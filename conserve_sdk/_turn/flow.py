@@ -16,11 +16,13 @@ from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.legs import DecoderDown, Legs
 from conserve_sdk._turn.placing import Place, Placing
 from conserve_sdk._turn.wire import read_headers
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, ModelName
 
 __all__ = ["Answer", "TurnFlow"]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What the application gets.

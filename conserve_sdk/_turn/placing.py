@@ -12,6 +12,7 @@ from conserve_sdk._turn.kit import TurnKit
 from conserve_sdk._turn.ledger import ActiveTurn
 from conserve_sdk._turn.moving import Moving
 from conserve_sdk._turn.planner import TurnPlan
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.errors import AccessDenied, BrokerError, LeaseError, LeaseRefused, ProtocolError, RateLimited
 from conserve_sdk.protocol import Binding, LeaseGrant, LeaseRequest, SupersedeRequest
@@ -21,6 +22,7 @@ __all__ = ["Place", "Placing"]
 log = logging.getLogger("conserve_sdk.turn")
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where one attempt of a turn goes.
@@ -100,6 +102,7 @@ class Placing:
                 lease.lease_id,
                 request,
                 budget_ms=self._broker_ms(request.wait_ms),
+                gone_ms=self._gone_ms(),
                 trace=self._turn.watch.trace_headers(),
             )
         except LeaseError as error:
@@ -193,7 +196,9 @@ class Placing:
         sent_at_ms = self._kit.now_ms()
         try:
             trace = self._turn.watch.trace_headers()
-            grant = yield from acquire(request, budget_ms=self._broker_ms(wait_ms), trace=trace)
+            grant = yield from acquire(
+                request, budget_ms=self._broker_ms(wait_ms), gone_ms=self._gone_ms(), trace=trace
+            )
         except BrokerError as error:
             if not self._may_do_without(error):
                 raise
@@ -280,6 +285,10 @@ class Placing:
 
     def _broker_ms(self, wait_ms: int) -> int:
         return min(wait_ms + int(self._kit.options.timeouts.broker_s * 1000), self._budget.left_ms())
+
+    def _gone_ms(self) -> int | None:
+        """A broker that restarts is worth waiting for; with another way to an answer, not for long."""
+        return int(self._kit.options.timeouts.broker_gone_s * 1000) if self._kit.can_fall_back() else None
 
 
 def _migration_due(view: LeaseView) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.protocol import Binding, LeaseGrant
 
 __all__ = ["LeasePlanner", "TurnPlan", "TurnPlanner"]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnPlan:
     """The engines of one turn.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId
 from conserve_sdk.telemetry._record import TurnHook, TurnRecord
 
@@ -38,6 +39,7 @@ class TurnStart:
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopStart:
     """A request that is about to be sent to an engine.
@@ -54,6 +56,7 @@ class HopStart:
     at_us: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopEnd:
     """A request to an engine that is over.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.units import ConversationId, EngineId, LeaseId, LineageId
 
 __all__ = ["TBT_OBSERVED_MAX", "TBT_SAMPLES_MAX", "TurnHook", "TurnRecord", "observed_gaps", "percentile"]
@@ -19,6 +20,7 @@ TBT_OBSERVED_MAX = 128
 (1 us in prometheus-client), at the end of a turn whose answer may have had thousands of tokens."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """One turn, as its client saw it.

@@ -8,6 +8,7 @@ import httpx2
 
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
+from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport, is_plain
 from conserve_sdk._loops import PerLoop
 from conserve_sdk._tls import verify_for
 
@@ -21,19 +22,25 @@ but a request sent at that very moment would fail."""
 class EnginePool(httpx2.BaseTransport):
     """Thread-safe; opens connections when they are needed, and none of the parent's in a forked child."""
 
+    _lock: threading.Lock
+    _pools: dict[str, httpx2.HTTPTransport]
+    _plain: Http1Transport
+
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pools: dict[str, httpx2.HTTPTransport] = {}
+        self._forget()
         call_in_forked_child(self._forget)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one request."""
+        """Send one request; its body must be in memory."""
+        if is_plain(request):
+            return self._plain.handle_request(request)
         return self._pool(request.url.scheme).handle_request(request)
 
     def close(self) -> None:
         """Close all connections; the next request opens new ones."""
         with self._lock:
             pools, self._pools = self._pools, {}
+        self._plain.close()
         for pool in pools.values():
             pool.close()
 
@@ -50,6 +57,7 @@ class EnginePool(httpx2.BaseTransport):
         # Not closed: the sockets are the parent's, and closing TLS would speak on them.
         self._lock = threading.Lock()
         self._pools = {}
+        self._plain = Http1Transport(limits=LIMITS)
 
 
 class AsyncEnginePool(httpx2.AsyncBaseTransport):
@@ -59,8 +67,10 @@ class AsyncEnginePool(httpx2.AsyncBaseTransport):
         self._loops = PerLoop(_LoopPools, close=_LoopPools.aclose)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one request."""
+        """Send one request; its body must be in memory."""
         pools = self._loops.here() or await self._loops.get()
+        if is_plain(request):
+            return await pools.plain.handle_async_request(request)
         return await pools.pool(request.url.scheme).handle_async_request(request)
 
     async def aclose(self) -> None:
@@ -73,6 +83,7 @@ class _LoopPools:
 
     def __init__(self) -> None:
         self._pools: dict[str, AsyncHTTPTransport] = {}
+        self.plain = AsyncHttp1Transport(limits=LIMITS)
 
     def pool(self, scheme: str) -> AsyncHTTPTransport:
         pool = self._pools.get(scheme)
@@ -81,5 +92,6 @@ class _LoopPools:
         return pool
 
     async def aclose(self) -> None:
+        await self.plain.aclose()
         for pool in self._pools.values():
             await pool.aclose()

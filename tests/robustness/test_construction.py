@@ -14,6 +14,7 @@ import pytest
 import conserve_sdk
 from conserve_langgraph import ConServeChat
 from conserve_sdk import conversation
+from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport
 from tests.support.loopback import MODEL
 
 CLIENTS = 200
@@ -34,8 +35,8 @@ def built(monkeypatch):
 
         monkeypatch.setattr(owner, method, counted)
 
-    count(httpx2.HTTPTransport, "pool")
-    count(httpx2.AsyncHTTPTransport, "pool")
+    for transport in (httpx2.HTTPTransport, httpx2.AsyncHTTPTransport, Http1Transport, AsyncHttp1Transport):
+        count(transport, "pool")
     count(ssl.SSLContext, "trusted certificates", "load_default_certs")
     count(ssl.SSLContext, "trusted certificates", "load_verify_locations")
     monkeypatch.setattr(httpx2, "create_ssl_context", lambda *_a, **_k: pytest.fail("a TLS context for plain HTTP"))

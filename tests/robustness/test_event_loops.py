@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from conserve_sdk import ConServe, TurnCollector, conversation
+from conserve_sdk._loops import PerLoop
 from tests.support.loopback import MODEL, eventually
 
 THREADS, LOOPS = 8, 3
@@ -30,6 +31,21 @@ def test_one_client_in_three_loops_one_after_another(stack, stream) -> None:
             return len([chunk async for chunk in answer]) if stream else len(answer.choices)
 
         assert all(asyncio.run(once()) > 0 for _ in range(3))
+
+
+def test_loops_that_are_closed_without_a_farewell_do_not_pile_up() -> None:
+    closed: list[object] = []
+
+    async def close(thing: object) -> None:
+        closed.append(thing)
+
+    kept = PerLoop(object, close=close)
+    for _ in range(5):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(kept.get())
+        loop.close()
+    assert len(kept) == 1
+    assert closed == []
 
 
 def test_eight_threads_with_three_loops_each(stack) -> None:

@@ -198,6 +198,19 @@ class TestBudget:
             colour.run(colour.client(httpx2.MockTransport(script)).acquire(patient, budget_ms=35_000))
         assert 2_000 < colour.clock.now_ms() - started <= 5_000
 
+    def test_nobody_there_is_not_waited_for_where_there_is_another_way(self, colour: Colour) -> None:
+        script = Script(httpx2.ConnectError("refused"), clock=colour.clock, takes_ms=10)
+        started = colour.clock.now_ms()
+        with pytest.raises(BrokerUnavailable):
+            colour.run(colour.client(httpx2.MockTransport(script)).acquire(REQUEST, budget_ms=35_000, gone_ms=500))
+        assert 200 < colour.clock.now_ms() - started <= 600
+
+    def test_every_broker_is_asked_before_that(self, colour: Colour) -> None:
+        answers = (httpx2.ConnectTimeout("slow"), httpx2.ConnectError("refused"), granted())
+        script = Script(*answers, clock=colour.clock, takes_ms=1_000)
+        client = colour.client(httpx2.MockTransport(script), urls=[f"http://b{number}.invalid" for number in range(3)])
+        assert colour.run(client.acquire(REQUEST, budget_ms=35_000, gone_ms=500)).epoch == 1
+
     def test_a_broker_that_answered_meanwhile_gets_its_silence_again(self, colour: Colour) -> None:
         refused, full = httpx2.ConnectError("refused"), problem(503, "no_ready_engine", retry_after_ms=1_000)
         answers = (refused, refused, full, refused, refused, granted())

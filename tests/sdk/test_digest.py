@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conserve_sdk._digest import BLOCK_BYTES, PromptDigest, digest_prompt
+from conserve_sdk._digest import BLOCK_BYTES, PromptDigest, _canonical, digest_prompt
 from conserve_sdk._kind import Kind
 
 SYSTEM = {"role": "system", "content": "You are terse."}
@@ -186,3 +186,9 @@ def test_the_prefix_key_names_tools_and_system_prompt_alone() -> None:
     assert key(messages=[{**system, "content": "short"}, question]) is None
     assert key(messages=[{"role": "user", "content": "q" * 900}]) is None
     assert digest_prompt(Kind.COMPLETIONS, {"prompt": "p" * 5000}).prefix_key is None
+
+
+@given(st.fixed_dictionaries({"role": st.text(), "content": st.text()}))
+def test_a_plain_message_is_written_as_any_other(message) -> None:
+    text = json.dumps(message, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    assert _canonical(message) == _canonical(dict(reversed(message.items()))) == text.encode("utf-8", "surrogatepass")

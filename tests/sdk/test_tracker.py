@@ -142,6 +142,15 @@ def test_a_whole_completions_answer() -> None:
     assert follow(reply.chunks, kind=Kind.COMPLETIONS, streamed=False).finish_reason == "stop"
 
 
+def test_half_a_surrogate_pair_is_no_obstacle() -> None:
+    tracker = TurnTracker(Kind.CHAT, streamed=False)
+    tracker.feed(
+        b'{"id": "r", "choices": [{"message": {"content": "\\ud83d"}}], "usage": {"prompt_tokens": 3}}', now_us=1
+    )
+    tracker.end()
+    assert (tracker.facts().response_id, tracker.facts().prompt_tokens) == ("r", 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>", b"[]"])
 def test_an_answer_that_is_no_json_object(content: bytes) -> None:
     assert not follow((content,), streamed=False).complete

@@ -353,7 +353,7 @@ async def test_a_peer_that_dies_as_it_is_connected_to(fault, monkeypatch) -> Non
     monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", lost)
     pool = _pools.AsyncEnginePool()
     with pytest.raises(httpx2.ConnectError, match="lost as it was made"):
-        await pool.handle_async_request(httpx2.Request("GET", "http://127.0.0.1:9"))
+        await pool.handle_async_request(httpx2.Request("GET", "https://127.0.0.1:9"))
     await pool.aclose()
 
 
