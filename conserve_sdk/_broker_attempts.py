@@ -86,6 +86,10 @@ class Attempts:
         """Return how long the broker may still keep us waiting for admission."""
         return max(0, self._patience_ms - self._elapsed_ms())
 
+    def time_left_s(self) -> float:
+        """Return how long the call may still take."""
+        return max(0, self._budget_ms - self._elapsed_ms()) / 1000
+
     def request(self, client: httpx2.Client | httpx2.AsyncClient, call: BrokerCall) -> httpx2.Request:
         """Address the call to the current broker, with what is left of the budget as its timeout."""
         timeout_s = max(1, min(call.timeout_ms, self._budget_ms - self._elapsed_ms())) / 1000

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import httpx2
 import tenacity
@@ -20,6 +20,7 @@ from conserve_sdk import _broker_calls as calls
 from conserve_sdk._broker_access import BrokerAccess
 from conserve_sdk._broker_attempts import Attempts, BrokerUrls
 from conserve_sdk._broker_calls import BrokerCall, TryAgain
+from conserve_sdk._broker_starts import Starts
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
 from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport
@@ -44,6 +45,13 @@ LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
 _T = TypeVar("_T")
 _Make = Callable[[int], BrokerCall]
 _Parse = Callable[[BrokerCall, httpx2.Response], _T]
+
+
+class _LoopClient(NamedTuple):
+    """What one event loop calls brokers with."""
+
+    http: httpx2.AsyncClient
+    starts: Starts
 
 
 class SyncBrokerClient:
@@ -291,18 +299,18 @@ class AsyncBrokerClient:
         """Close this loop's client. Idempotent; a later call opens a new one."""
         await self._clients.aclose()
 
-    def _make_client(self) -> httpx2.AsyncClient:
+    def _make_client(self) -> _LoopClient:
         transport = self._transport or self._network()
-        return httpx2.AsyncClient(transport=transport, headers=self._access.headers())
+        return _LoopClient(httpx2.AsyncClient(transport=transport, headers=self._access.headers()), Starts())
 
     def _network(self) -> httpx2.AsyncBaseTransport:
         verify = self._access.verify(self._brokers.urls)
         plain = verify is False
         return AsyncHttp1Transport(limits=LIMITS) if plain else AsyncHTTPTransport(verify=verify, limits=LIMITS)
 
-    async def _close_client(self, client: httpx2.AsyncClient) -> None:
+    async def _close_client(self, client: _LoopClient) -> None:
         if self._transport is None:
-            await client.aclose()
+            await client.http.aclose()
 
     async def _perform(
         self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0, gone_ms: int | None = None
@@ -317,9 +325,11 @@ class AsyncBrokerClient:
         )
 
         async def attempt() -> _T:
-            client, call = await self._clients.get(), make(attempts.wait_left_ms())
+            client = await self._clients.get()
             try:
-                response = await _areceive(client, attempts.request(client, call), attempts)
+                async with client.starts.one(within_s=attempts.time_left_s(), may_wait=patience_ms > 0):
+                    call = make(attempts.wait_left_ms())
+                    response = await _areceive(client.http, attempts.request(client.http, call), attempts)
             except httpx2.TransportError as exc:
                 raise attempts.unanswered(exc) from exc
             return attempts.answered(parse(call, response))
