@@ -177,6 +177,7 @@ def _compared(run: _Run, bare: _Run, load: Load) -> Figures:
         "added_p50_ms": round(statistics.median(added_ms), 3),
         "added_cpu_us_per_turn": round(statistics.median(added_us), 1),
         "streaming_rate_ratio": round(statistics.median(run.rates) / statistics.median(bare.rates), 3),
+        "background_cpu_us_per_turn": round(statistics.median(block.background_us_per_turn for block in run.blocks), 1),
         "extra_connections": run.connections - bare.connections,
         "added_first_turn_ms": round(median_difference(*firsts), 3),
         "engine_requests_per_turn": round(run.requests / (load.turns + 1), 3),
@@ -209,7 +210,7 @@ def _table(found: Figures, *, title: str, init_ms: Figures | None = None) -> Tab
     for key in ("added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "extra_connections"):
         goal = f"{'>=' if key == 'streaming_rate_ratio' else '<='} {found['goals'][key]}"
         table.add_row(key, _cell(found, key), goal, _cell(peer, key))
-    for key in ("added_first_turn_ms", "engine_requests_per_turn"):
+    for key in ("background_cpu_us_per_turn", "added_first_turn_ms", "engine_requests_per_turn"):
         table.add_row(key, _cell(found, key), "", _cell(peer, key))
     if init_ms is not None:
         table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "")
