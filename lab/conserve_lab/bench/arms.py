@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class Arm:
         settle: ends what the arm still does in the background, so that it costs the arm and not the next one.
         leave: ends a conversation, after it was measured: engines full of finished ones would take no new one.
         other_cpu_s: CPU seconds of processes that serve this arm alone.
+        in_background: whether it is the one that has threads of its own in this process.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Arm:
     settle: Callable[[], object] = lambda: None
     leave: Callable[[str], object] = lambda _: None
     other_cpu_s: Callable[[], float] = lambda: 0.0
+    in_background: bool = False
 
 
 def bare_arm(decoder_url: str) -> Arm:
@@ -57,6 +60,7 @@ def sdk_arm(conserve: ConServe) -> Arm:
         inside=conversation,
         settle=conserve.flush,
         leave=conserve.release,
+        in_background=True,
     )
 
 
@@ -109,9 +113,9 @@ def _blocking(name: str, client: openai.OpenAI) -> Arm:
 
 
 @contextmanager
-def connections_made() -> Iterator[list[Any]]:
-    """Collect the addresses that this process connects an Internet socket to inside the block, in either colour."""
-    made: list[Any] = []
+def connections_made() -> Iterator[list[tuple[Any, int]]]:
+    """Collect the addresses that this process connects an Internet socket to inside the block, with the threads."""
+    made: list[tuple[Any, int]] = []
     if not _collecting:
         sys.addaudithook(_note)  # there is no way to take one back: made once, and deaf outside the block
     _collecting[:] = [made]
@@ -121,9 +125,9 @@ def connections_made() -> Iterator[list[Any]]:
         _collecting[:] = [[]]
 
 
-_collecting: list[list[Any]] = []
+_collecting: list[list[tuple[Any, int]]] = []
 
 
 def _note(event: str, args: tuple[Any, ...]) -> None:
     if event == "socket.connect" and args[0].family in (socket.AF_INET, socket.AF_INET6):
-        _collecting[0].append(args[1])
+        _collecting[0].append((args[1], threading.get_ident()))

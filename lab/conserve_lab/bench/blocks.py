@@ -1,18 +1,19 @@
-"""Blocks of turns, one arm after another, again and again: what the machine does meanwhile happens to all of them.
+"""Blocks of turns, a turn of each arm in turn: what the machine does meanwhile happens to all of them.
 
-A block is one conversation. Its first turn is timed apart: it is the one that may cost a broker call and a prefill.
-Time is wall time per turn; CPU is that of this process (all threads, background reports included) per turn.
+A block is one conversation of each arm. Its first turn is timed apart: it is the one that may cost a broker call and a
+prefill. Turns that stood side by side are compared with each other; what an arm does beside its turns is added to it.
 """
 
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conserve_lab.bench.arms import Arm
+from conserve_lab.bench.arms import Arm, connections_made
 
 __all__ = ["Block", "Load", "median_difference", "play", "spread_of", "stream"]
 
@@ -37,34 +38,89 @@ class Load:
 
 @dataclass(slots=True)
 class Block:
-    """One block's figures, in milliseconds and microseconds."""
+    """What one conversation cost.
+
+    Attributes:
+        first_ms, follow_up_ms: wall time of its turns.
+        cpu_us: CPU of the thread that made the follow-up turns, each.
+        background_us: CPU spent for them elsewhere: reports, a router.
+        connections: made for all its turns.
+    """
 
     first_ms: float = 0.0
     follow_up_ms: list[float] = field(default_factory=list)
-    cpu_us_per_turn: float = 0.0
-    other_cpu_us_per_turn: float = 0.0
+    cpu_us: list[float] = field(default_factory=list)
+    background_us: float = 0.0
+    connections: int = 0
 
     @property
-    def p50_ms(self) -> float:
-        """Median time of a follow-up turn."""
-        return statistics.median(self.follow_up_ms)
+    def background_us_per_turn(self) -> float:
+        """CPU of other threads and processes that work for the arm alone."""
+        return self.background_us / len(self.cpu_us)
 
 
-def play(arm: Arm, load: Load, *, number: int) -> Block:
-    """One conversation: its first turn, then its follow-ups."""
-    name = f"{arm.name.replace(' ', '-')}-{number}"
-    messages: list[Any] = [{"role": "user", "content": _prompt(str(number), load)}]
-    block = Block()
-    with arm.inside(name):
-        block.first_ms = _turn(arm, load, name, messages)
-        arm.settle()
-        cpu_ns, other_s = time.process_time_ns(), arm.other_cpu_s()
-        block.follow_up_ms = [_turn(arm, load, name, messages) for _ in range(load.turns)]
-        arm.settle()
-    block.cpu_us_per_turn = (time.process_time_ns() - cpu_ns) / 1000 / load.turns
-    block.other_cpu_us_per_turn = (arm.other_cpu_s() - other_s) * 1_000_000 / load.turns
-    arm.leave(name)
-    return block
+def play(arms: Sequence[Arm], load: Load, *, number: int) -> list[Block]:
+    """One conversation of each arm, a turn of each in turn."""
+    with connections_made() as made:
+        talks = [_Talk(arm, load, made, number=number) for arm in arms]
+        for talk in talks:
+            talk.begin()
+        background_ns = -_background_ns()
+        for turn in range(load.turns):
+            for talk in talks if turn % 2 else talks[::-1]:  # being first is no advantage
+                talk.follow_up()
+        for talk in talks:
+            talk.settle()
+        background_ns += _background_ns()
+        foreign = sum(thread != threading.get_ident() for _, thread in made)
+    for talk in talks:
+        talk.end()
+        if talk.arm.in_background:
+            talk.block.background_us += background_ns / 1_000
+            talk.block.connections += foreign
+    return [talk.block for talk in talks]
+
+
+class _Talk:
+    """One conversation of an arm, and what it costs."""
+
+    def __init__(self, arm: Arm, load: Load, made: Sequence[tuple[Any, int]], *, number: int) -> None:
+        self.arm, self.block = arm, Block()
+        self._load, self._made = load, made
+        self._name = f"{arm.name.replace(' ', '-')}-{number}"
+        self._messages: list[Any] = [{"role": "user", "content": _prompt(str(number), load)}]
+
+    def begin(self) -> None:
+        before = len(self._made)
+        with self.arm.inside(self._name):
+            self.block.first_ms = _turn(self.arm, self._load, self._name, self._messages)
+        self.arm.settle()
+        self._count(before)
+        self._other_s = self.arm.other_cpu_s()
+
+    def follow_up(self) -> None:
+        before, cpu_ns = len(self._made), time.thread_time_ns()
+        with self.arm.inside(self._name):
+            self.block.follow_up_ms.append(_turn(self.arm, self._load, self._name, self._messages))
+        self.block.cpu_us.append((time.thread_time_ns() - cpu_ns) / 1_000)
+        self._count(before)
+
+    def settle(self) -> None:
+        cpu_ns = time.thread_time_ns()
+        self.arm.settle()
+        self.block.background_us += (time.thread_time_ns() - cpu_ns) / 1_000
+
+    def end(self) -> None:
+        self.block.background_us += (self.arm.other_cpu_s() - self._other_s) * 1_000_000
+        self.arm.leave(self._name)
+
+    def _count(self, before: int) -> None:
+        self.block.connections += sum(thread == threading.get_ident() for _, thread in self._made[before:])
+
+
+def _background_ns() -> int:
+    """CPU time of all threads of this process but the calling one."""
+    return time.process_time_ns() - time.thread_time_ns()
 
 
 def _prompt(opening: str, load: Load) -> str:
@@ -96,7 +152,7 @@ def stream(arm: Arm, load: Load, *, number: int) -> float:
 
 
 def median_difference(ours: Sequence[float], reference: Sequence[float]) -> float:
-    """Median over the pairs of blocks that ran next to each other."""
+    """Median over the pairs that ran next to each other."""
     return statistics.median(mine - its for mine, its in zip(ours, reference, strict=True))
 
 

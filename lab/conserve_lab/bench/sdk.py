@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conserve_lab.bench.arms import Arm, async_arm, bare_arm, connections_made, router_arm, sdk_arm
+from conserve_lab.bench.arms import Arm, async_arm, bare_arm, router_arm, sdk_arm
 from conserve_lab.bench.blocks import Block, Load, median_difference, play, spread_of, stream
 from conserve_lab.bench.router import NoRouter, router_binary, running_router
 from conserve_lab.bench.stack_process import StackProcess
@@ -120,17 +120,17 @@ def _measure(
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for run in runs:  # a warm connection, and code that was run before
-            play(run.arm, load, number=0)
         engines.engine_requests()
-        task = progress.add_task("follow-up turns", total=blocks * len(runs))
+        for run in runs:  # a warm connection, and code that was run before
+            play([run.arm], load, number=0)
+            run.requests = engines.engine_requests().total()
+        task = progress.add_task("follow-up turns", total=blocks)
         for number in range(1, blocks + 1):
-            for run in _in_turn(runs, number):
-                with connections_made() as made:
-                    run.blocks.append(play(run.arm, load, number=number))
-                run.connections += len(made)
-                run.requests += engines.engine_requests().total()
-                progress.advance(task)
+            in_turn = _in_turn(runs, number)
+            for run, block in zip(in_turn, play([run.arm for run in in_turn], load, number=number), strict=True):
+                run.blocks.append(block)
+                run.connections += block.connections
+            progress.advance(task)
         task = progress.add_task("streamed answers", total=streams * len(runs))
         for number in range(streams):
             for run in _in_turn(runs, number):
@@ -160,7 +160,7 @@ def _figures(runs: list[_Run], load: Load, *, skipped: str) -> Figures:
     figures["goals"] = GOALS
     figures["bare"] = {
         "follow_up_ms": spread_of([each for block in bare.blocks for each in block.follow_up_ms]),
-        "cpu_us_per_turn": spread_of([block.cpu_us_per_turn for block in bare.blocks], digits=0),
+        "cpu_us_per_turn": spread_of([each for block in bare.blocks for each in block.cpu_us], digits=0),
         "chunks_per_s": spread_of(bare.rates, digits=0),
     }
     figures["peer"] = {"name": "vllm-router", **_compared(others[0], bare, load)} if others else {"skipped": skipped}
@@ -168,20 +168,19 @@ def _figures(runs: list[_Run], load: Load, *, skipped: str) -> Figures:
 
 
 def _compared(run: _Run, bare: _Run, load: Load) -> Figures:
-    def total(block: Block) -> float:
-        return block.cpu_us_per_turn + block.other_cpu_us_per_turn
-
-    added_ms = [mine.p50_ms - its.p50_ms for mine, its in zip(run.blocks, bare.blocks, strict=True)]
-    added_us = [total(mine) - total(its) for mine, its in zip(run.blocks, bare.blocks, strict=True)]
+    pairs = list(zip(run.blocks, bare.blocks, strict=True))
+    added_ms = [median_difference(mine.follow_up_ms, its.follow_up_ms) for mine, its in pairs]
+    added_us = [median_difference(mine.cpu_us, its.cpu_us) + mine.background_us_per_turn for mine, its in pairs]
     ratios = [mine / its for mine, its in zip(run.rates, bare.rates, strict=True)]
     firsts = [[block.first_ms for block in each.blocks] for each in (run, bare)]
     return {
         "added_p50_ms": round(statistics.median(added_ms), 3),
         "added_cpu_us_per_turn": round(statistics.median(added_us), 1),
         "streaming_rate_ratio": round(statistics.median(run.rates) / statistics.median(bare.rates), 3),
+        "background_cpu_us_per_turn": round(statistics.median(block.background_us_per_turn for block in run.blocks), 1),
         "extra_connections": run.connections - bare.connections,
         "added_first_turn_ms": round(median_difference(*firsts), 3),
-        "engine_requests_per_turn": round(run.requests / len(run.blocks) / (load.turns + 1), 3),
+        "engine_requests_per_turn": round(run.requests / (load.turns + 1), 3),
         "spread": {
             "added_p50_ms": spread_of(added_ms),
             "added_cpu_us_per_turn": spread_of(added_us, digits=0),
@@ -211,7 +210,7 @@ def _table(found: Figures, *, title: str, init_ms: Figures | None = None) -> Tab
     for key in ("added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "extra_connections"):
         goal = f"{'>=' if key == 'streaming_rate_ratio' else '<='} {found['goals'][key]}"
         table.add_row(key, _cell(found, key), goal, _cell(peer, key))
-    for key in ("added_first_turn_ms", "engine_requests_per_turn"):
+    for key in ("background_cpu_us_per_turn", "added_first_turn_ms", "engine_requests_per_turn"):
         table.add_row(key, _cell(found, key), "", _cell(peer, key))
     if init_ms is not None:
         table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "")
