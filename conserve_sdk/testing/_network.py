@@ -26,7 +26,7 @@ def deny_network(*, allow_loopback: bool = False) -> Iterator[list[Any]]:
 
     Yields:
         The addresses denied so far, for code under test that swallows errors (async clients
-        raise this one inside an `ExceptionGroup`).
+        over TLS raise this one inside an `ExceptionGroup`).
     """
     denied: list[Any] = []
     original = {name: socket.socket.__dict__.get(name) for name in ("connect", "connect_ex")}

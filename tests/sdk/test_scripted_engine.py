@@ -132,11 +132,12 @@ def test_a_denied_connection_is_told_at_once_through_a_client() -> None:
         assert denied == [("127.0.0.1", 9)]
 
 
-def test_a_denied_connection_leaves_a_trace_where_it_is_swallowed() -> None:
+@pytest.mark.parametrize(("scheme", "raised"), [("http", NetworkDenied), ("https", ExceptionGroup)])
+def test_a_denied_connection_leaves_a_trace_where_it_is_swallowed(scheme, raised) -> None:
     async def main() -> None:
-        async with ConServe("http://127.0.0.1:9") as conserve:
+        async with ConServe(f"{scheme}://127.0.0.1:9") as conserve:
             client = conserve.async_openai_client(max_retries=0)
-            with pytest.raises(ExceptionGroup):
+            with pytest.raises(raised):
                 await client.chat.completions.create(model="m", messages=LONG)
 
     with deny_network() as denied:
