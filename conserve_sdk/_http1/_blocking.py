@@ -32,6 +32,7 @@ class Http1Transport(httpx2.BaseTransport):
         # Kept here, so that one whose stream is dropped in a cycle is closed by its stream and not by the collector.
         self._busy: set[_Connection] = set()
         self._lock = threading.Lock()
+        self._keeps = True
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request and wait for the head of its answer.
@@ -63,20 +64,21 @@ class Http1Transport(httpx2.BaseTransport):
         """Keep a connection whose answer is through, close any other."""
         self._busy.discard(connection)
         try:
-            if connection.answer.reusable:
-                with self._lock:
+            with self._lock:
+                if self._keeps and connection.answer.reusable:
                     self._idle.put(origin, connection, now_s=time.monotonic())
                     gone, self._idle.gone = self._idle.gone, []
-                for each in gone:
-                    each.close()
-            else:
-                connection.close()
+                else:
+                    gone = [connection]
+            for each in gone:
+                each.close()
         finally:
             self._slots.release()
 
     def close(self) -> None:
-        """Close the connections that wait; those in use are closed when their answers are through or left."""
+        """Close the connections that wait, and keep none any more: those in use are closed when they are done with."""
         with self._lock:
+            self._keeps = False
             every = self._idle.take_all()
         for connection in every:
             connection.close()

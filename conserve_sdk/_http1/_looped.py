@@ -27,6 +27,7 @@ class AsyncHttp1Transport(httpx2.AsyncBaseTransport):
     def __init__(self, *, limits: httpx2.Limits) -> None:
         self._slots = asyncio.Semaphore(limits.max_connections or _UNBOUNDED)
         self._idle: IdleConnections[_Link] = IdleConnections(limits)
+        self._keeps = True
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """See `Http1Transport.handle_request`."""
@@ -52,14 +53,15 @@ class AsyncHttp1Transport(httpx2.AsyncBaseTransport):
     def done_with(self, origin: Origin, link: _Link) -> None:
         """Keep a connection whose answer is through, close any other."""
         self._slots.release()
-        if link.rest():
+        if link.rest() and self._keeps:
             self._idle.put(origin, link, now_s=time.monotonic())
             self._close_gone()
         else:
             link.close()
 
     async def aclose(self) -> None:
-        """Close the connections that wait; those in use are closed when their answers are through or left."""
+        """Close the connections that wait, and keep none any more: those in use are closed when they are done with."""
+        self._keeps = False
         for link in self._idle.take_all():
             link.close()
         await asyncio.sleep(0)  # the loop closes their sockets in its next round, which may have been its last

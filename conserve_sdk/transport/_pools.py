@@ -40,7 +40,8 @@ class EnginePool(httpx2.BaseTransport):
         """Close all connections; the next request opens new ones."""
         with self._lock:
             pools, self._pools = self._pools, {}
-        self._plain.close()
+            plain, self._plain = self._plain, Http1Transport(limits=LIMITS)
+        plain.close()
         for pool in pools.values():
             pool.close()
 
