@@ -9,8 +9,9 @@ from concurrent.futures import Future
 import openai
 import pytest
 
-from conserve_sdk import BrokerUnavailable, LeaseRefused
-from conserve_sdk._turn import Wait
+from conserve_sdk import BrokerUnavailable, LeaseRefused, Timeouts
+from conserve_sdk._turn import Wait, placing
+from conserve_sdk._turn.effects import acquire
 from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import EngineReply, InMemoryBroker, ScriptedEngine, small_fleet
 from tests.support.dialogue import follow_up
@@ -118,6 +119,22 @@ def test_new_conversations_fall_back(make_world) -> None:
     world.clock.advance(5_000)
     world.turn(messages=follow_up(2), conversation_id="a")
     assert world.engines_called[-2:] == ["p0", "d0"]
+
+
+@pytest.mark.parametrize(("engines", "gone_ms"), [([], None), (["http://f0.invalid"], 700)], ids=["none", "one"])
+def test_a_broker_that_is_gone_is_given_up_sooner_where_there_is_another_way(
+    make_world, monkeypatch, engines, gone_ms
+) -> None:
+    asked_for = []
+
+    def spied(request, **more):
+        asked_for.append(more["gone_ms"])
+        return acquire(request, **more)
+
+    monkeypatch.setattr(placing, "acquire", spied)
+    world = make_world(fallback_engines=engines, timeouts=Timeouts(broker_gone_s=0.7))
+    world.turn()
+    assert asked_for == [gone_ms]
 
 
 def test_a_broker_that_did_not_answer_is_left_alone_for_a_while(make_world) -> None:
