@@ -109,12 +109,14 @@ def advise_main(argv: Sequence[str]) -> int:
 
 def _run(app: typer.Typer, argv: Sequence[str], *, name: str) -> int:
     try:
-        app(args=list(argv), prog_name=name)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 0
-    except KeyboardInterrupt:
+        return int(app(args=list(argv), prog_name=name, standalone_mode=False) or 0)
+    except (typer.Abort, KeyboardInterrupt):
         return 0
-    return 0
+    except typer.TyperException as error:
+        named = getattr(error, "format_message", None)  # a usage error knows which option it is about
+        text = (named() if named else str(error)).rstrip(".")
+        typer.echo(f"{name}: {text}; `{name} --help` tells more", err=True)
+        return _WRONG_USAGE
 
 
 def _fail(code: int, *lines: str) -> NoReturn:

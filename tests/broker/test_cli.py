@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -175,3 +175,23 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "check-config" in capsys.readouterr().out
     assert engines_main(["--help"]) == 0
     assert "undrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (drain_main, [], "conserve drain: Missing argument 'engine'; `conserve drain --help` tells more"),
+        (
+            engines_main,
+            ["--broker", "x"],
+            "conserve engines: No such option: --broker; `conserve engines --help` tells more",
+        ),
+        (engines_main, [], "conserve engines: Missing command; `conserve engines --help` tells more"),
+    ],
+    ids=["argument", "option", "command"],
+)
+def test_a_mistake_in_the_usage_is_one_line(
+    main: Callable[[Sequence[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{said}\n"
