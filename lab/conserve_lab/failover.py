@@ -32,9 +32,19 @@ from conserve_broker.redis_store import LeaderRows, RedisStore
 from conserve_broker.settings import StoreTable
 from conserve_lab.emulator import EmulatedFleet, default_fleet
 from conserve_sdk.core.events import LeaseStored
-from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
+from conserve_sdk.core.lease import Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import Receipt
-from conserve_sdk.core.units import ConversationId, LeaseId, LineageId, ModelName, Ms, TenantId, Tokens
+from conserve_sdk.core.units import (
+    ConversationId,
+    EngineId,
+    Incarnation,
+    LeaseId,
+    LineageId,
+    ModelName,
+    Ms,
+    TenantId,
+    Tokens,
+)
 from conserve_sdk.protocol import LeaseGrant
 
 __all__ = ["BrokerProcess", "Failover", "measure_failover", "run_failover", "running_store", "store_binary"]
@@ -369,7 +379,9 @@ def _lease_like(grant: LeaseGrant) -> Lease:
         epoch=1,
         mode=Mode.LOCAL,
         prefiller=None,
-        decoder=EngineBinding(**grant.decoder.model_dump()),
+        decoder=binding_of(
+            EngineId(grant.decoder.engine_id), grant.decoder.url, Incarnation(grant.decoder.incarnation)
+        ),
         granted_at_ms=now_ms,
         ttl_ms=Ms(3_600_000),
         expires_at_ms=Ms(now_ms + 3_600_000),

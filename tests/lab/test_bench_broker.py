@@ -11,7 +11,7 @@ from conserve_lab.bench.page_servers import page
 from conserve_lab.bench.soaked_agents import RightAnswers
 from conserve_lab.cli import bench_main
 from conserve_lab.emulator import default_fleet
-from conserve_lab.failover import store_binary
+from conserve_lab.failover import measure_failover, store_binary
 
 KEYS = {
     "grants_per_s",
@@ -43,6 +43,14 @@ def test_all_figures_of_the_broker_are_there(tmp_path, capsys) -> None:
     assert found["server_ceiling_per_s"] > 0
     assert found["failover"] == "not asked for" or "is installed" in found["failover"]
     assert "renewal_cpu_us" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(store_binary() is None, reason="needs valkey-server or redis-server")
+def test_leaders_are_replaced_among_leases_that_others_hold() -> None:
+    ticks = []
+    found = measure_failover(store_binary(), rounds=1, lock_ttl_ms=3_000, leases=300, tick=lambda: ticks.append(1))
+    assert (len(found.killed_ms), len(found.planned_ms), len(ticks)) == (1, 1, 2)
+    assert (found.acked > 0, found.acked_lost) == (True, 0)
 
 
 @pytest.mark.skipif(store_binary() is None, reason="needs valkey-server or redis-server")
