@@ -17,6 +17,7 @@ import httpx2
 
 from conserve_broker import _engine_http
 from conserve_broker._config_tables import ScrapeTable
+from conserve_broker._engine_connections import EngineConnections
 from conserve_broker._engine_http import PLAIN, Door, EngineTrouble
 from conserve_broker._incarnation import IncarnationWatch
 from conserve_broker.metrics_page import EngineMetrics
@@ -24,8 +25,6 @@ from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachab
 from conserve_sdk.core.units import EngineId, Incarnation, ModelName, Ms, Tokens
 
 __all__ = ["Scraper"]
-
-_KEEP_ALIVE_S = 5.0
 
 Emit = Callable[[EngineObserved | EngineUnreachable], None]
 
@@ -105,14 +104,13 @@ class Scraper:
                 group.create_task(self._poll(target))
 
     def new_transport(self) -> httpx2.AsyncBaseTransport:
-        """One per engine: a pool looks at all its connections whenever one of them is used."""
-        if self._transport is not None:
-            return self._transport
+        """Connections to one more engine; whoever asks for them closes them."""
+        return self._transport or EngineConnections(self._tls_context)
+
+    def _tls_context(self) -> ssl.SSLContext:
         if self._ssl_context is None:
             self._ssl_context = httpx2.create_ssl_context(trust_env=False)
-        # Environment proxies have no business between broker and engines.
-        limits = httpx2.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_S)
-        return httpx2.AsyncHTTPTransport(verify=self._ssl_context, trust_env=False, limits=limits)
+        return self._ssl_context
 
     def _start(self, target: _Target) -> None:
         if self._group is not None:

@@ -215,7 +215,9 @@ class Fleet:
 
     def touch(self, engine_id: EngineId) -> None:
         """Something an engine's view shows has changed."""
-        self._views.pop(engine_id, None)
+        view = self._views.pop(engine_id, None)
+        if view is not None:
+            view.derived.clear()  # some of it refers to the view: a cycle that only the collector would end
         self._listed.clear()
 
     def dispatch_prefill(self, lease: Lease, *, tokens: Tokens, now_ms: Ms) -> None:

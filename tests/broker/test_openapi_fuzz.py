@@ -38,10 +38,12 @@ ENDLESS = "read_events"
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[BrokerServer]:
-    with EmulatedFleet(default_fleet(prefillers=1, decoders=1, time_scale=0)) as fleet:
+    # Room and short leases: a thousand made-up grants must not fill the fleet and be refused for that, as is documented.
+    with EmulatedFleet(default_fleet(prefillers=1, decoders=1, time_scale=0, kv_cache_tokens=4_000_000)) as fleet:
         tables = {
             "listen": {"port": 0},
             "engine": fleet.broker_engines(),
+            "lease": {"ttl_ms": 5_000, "park_ttl_ms": 5_000, "grace_ms": 0},
             "registration": {"allow": ["10.0.0.0/8"]},
             "access": {"keys": [ADMIN.table.model_dump()]},
         }
