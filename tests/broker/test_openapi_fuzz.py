@@ -38,7 +38,7 @@ ENDLESS = "read_events"
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[BrokerServer]:
-    # Room and short leases: a thousand made-up grants must not fill the fleet and be refused for that, as is documented.
+    # Room and short leases: a thousand made-up grants must not fill the fleet, or they are refused, as is documented.
     with EmulatedFleet(default_fleet(prefillers=1, decoders=1, time_scale=0, kv_cache_tokens=4_000_000)) as fleet:
         tables = {
             "listen": {"port": 0},
