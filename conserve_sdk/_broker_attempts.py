@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import httpx2
@@ -21,6 +22,8 @@ BACKOFF_MAX_MS = 2_000
 CONNECT_MAX_MS = 2_000
 REFUSAL_MARGIN_MS = 500
 """The broker's refusal must come before our own timeout: it says more."""
+
+_HEADERS = {"Accept": "application/json", "User-Agent": "conserve-sdk"}
 
 _T = TypeVar("_T")
 
@@ -90,13 +93,22 @@ class Attempts:
         """Return how long the call may still take."""
         return max(0, self._budget_ms - self._elapsed_ms()) / 1000
 
-    def request(self, client: httpx2.Client | httpx2.AsyncClient, call: BrokerCall) -> httpx2.Request:
+    def request(self, call: BrokerCall, headers: Mapping[str, str]) -> httpx2.Request:
         """Address the call to the current broker, with what is left of the budget as its timeout."""
         timeout_s = max(1, min(call.timeout_ms, self._budget_ms - self._elapsed_ms())) / 1000
-        timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_MAX_MS / 1000))
+        timeout = {
+            **dict.fromkeys(("read", "write", "pool"), timeout_s),
+            "connect": min(timeout_s, CONNECT_MAX_MS / 1000),
+        }
         self._ends_s = self._clock() + timeout_s
-        url = self._brokers.urls[self._index] + call.path
-        return client.build_request(call.method, url, content=call.content, headers=call.headers, timeout=timeout)
+        url = _url(self._brokers.urls[self._index] + call.path)
+        return httpx2.Request(
+            call.method,
+            url,
+            headers={**_HEADERS, **headers, **call.headers},
+            content=call.content,
+            extensions={"timeout": timeout},
+        )
 
     def received(self, head: httpx2.Response, body: bytearray) -> None:
         """Check an answer that is being read; `head` is without its body still.
@@ -113,12 +125,6 @@ class Attempts:
             )
         if self._clock() > self._ends_s:
             raise httpx2.ReadTimeout("the answer did not end in time", request=head.request)
-
-    @staticmethod
-    def whole(head: httpx2.Response, body: bytearray) -> httpx2.Response:
-        """The answer, read."""
-        headers = [(key, value) for key, value in head.headers.multi_items() if not key.lower().startswith("content-")]
-        return httpx2.Response(head.status_code, headers=headers, content=bytes(body), request=head.request)
 
     def answered(self, result: _T) -> _T:
         """Note that the current broker answered, and return its answer."""
@@ -172,6 +178,11 @@ def _problem_of(state: tenacity.RetryCallState) -> TryAgain:
     problem = state.outcome.exception() if state.outcome else None
     assert isinstance(problem, TryAgain), "only TryAgain is retried"
     return problem
+
+
+@functools.lru_cache(maxsize=32)  # the same few with nearly every call
+def _url(text: str) -> httpx2.URL:
+    return httpx2.URL(text)
 
 
 def _is_url(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -37,6 +37,7 @@ from conserve_sdk.protocol import (
 )
 
 __all__ = [
+    "Answer",
     "BrokerCall",
     "TryAgain",
     "acquire_call",
@@ -79,6 +80,13 @@ class BrokerCall:
     timeout_ms: int = ANSWER_TIMEOUT_MS
     conversation_id: str | None = None
     lease_id: str | None = None
+
+
+class Answer(NamedTuple):
+    """The answer to a call: its head, and its body, read."""
+
+    head: httpx2.Response
+    content: bytes
 
 
 class TryAgain(Exception):  # noqa: N818 -- a signal between the attempts of one call, never seen outside
@@ -148,60 +156,60 @@ def engines_call() -> BrokerCall:
     return BrokerCall(method="GET", path="/v1/engines")
 
 
-def parse_engines(call: BrokerCall, response: httpx2.Response) -> EngineList:
+def parse_engines(call: BrokerCall, answer: Answer) -> EngineList:
     """Read the list of engines.
 
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    return _read(EngineList, call, response)
+    return _read(EngineList, call, answer)
 
 
-def parse_grant(call: BrokerCall, response: httpx2.Response) -> LeaseGrant:
+def parse_grant(call: BrokerCall, answer: Answer) -> LeaseGrant:
     """Read a grant.
 
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    return _read(LeaseGrant, call, response)
+    return _read(LeaseGrant, call, answer)
 
 
-def parse_status(call: BrokerCall, response: httpx2.Response) -> LeaseStatus:
+def parse_status(call: BrokerCall, answer: Answer) -> LeaseStatus:
     """Read the answer to a park.
 
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    return _read(LeaseStatus, call, response)
+    return _read(LeaseStatus, call, answer)
 
 
-def parse_batch(call: BrokerCall, response: httpx2.Response, *, expected: int) -> BatchAnswer:
+def parse_batch(call: BrokerCall, answer: Answer, *, expected: int) -> BatchAnswer:
     """Read the answer to a batch of `expected` reports or renewals.
 
     Raises:
         TryAgain, ConServeError: see `check`.
     """
-    answer = _read(BatchAnswer, call, response)
-    if len(answer.results) != expected:
+    batch = _read(BatchAnswer, call, answer)
+    if len(batch.results) != expected:
         raise ProtocolError(
-            f"the broker gave {len(answer.results)} results for {expected} entries: use a broker of this version",
-            broker_url=_origin(response),
-            status=response.status_code,
+            f"the broker gave {len(batch.results)} results for {expected} entries: use a broker of this version",
+            broker_url=_origin(answer),
+            status=answer.head.status_code,
         )
-    return answer
+    return batch
 
 
-def check(call: BrokerCall, response: httpx2.Response) -> None:
+def check(call: BrokerCall, answer: Answer) -> None:
     """Return if the broker said yes.
 
     Raises:
         TryAgain: it said "not now".
         LeaseExpired, LeaseLost, LeaseRefused, AccessDenied, ProtocolError: it said no.
     """
-    if response.is_success:
+    if answer.head.is_success:
         return
-    problem = _problem(response)
-    retry_after_ms = _retry_after_ms(response, problem)
+    problem = _problem(answer)
+    retry_after_ms = _retry_after_ms(answer, problem)
     if problem.code in _REFUSALS:
         refused = LeaseRefused(
             f"the broker refused a lease: {problem.detail}",
@@ -209,40 +217,38 @@ def check(call: BrokerCall, response: httpx2.Response) -> None:
             retry_after_ms=retry_after_ms,
             conversation_id=call.conversation_id,
             lease_id=call.lease_id,
-            broker_url=_origin(response),
-            status=response.status_code,
+            broker_url=_origin(answer),
+            status=answer.head.status_code,
             code=problem.code,
         )
         raise TryAgain(refused, retry_after_ms=retry_after_ms, refusal=True) if retry_after_ms else refused
-    raise _failure(call, response, problem, retry_after_ms)
+    raise _failure(call, answer, problem, retry_after_ms)
 
 
-def _read(kind: type[_M], call: BrokerCall, response: httpx2.Response) -> _M:
-    check(call, response)
+def _read(kind: type[_M], call: BrokerCall, answer: Answer) -> _M:
+    check(call, answer)
     try:
-        return kind.model_validate_json(response.content)
+        return kind.model_validate_json(answer.content)
     except pydantic.ValidationError as exc:
-        raise _not_understood(call, response, exc) from exc
+        raise _not_understood(call, answer, exc) from exc
 
 
-def _failure(
-    call: BrokerCall, response: httpx2.Response, problem: Problem, retry_after_ms: int
-) -> TryAgain | ConServeError:
+def _failure(call: BrokerCall, answer: Answer, problem: Problem, retry_after_ms: int) -> TryAgain | ConServeError:
     detail, lease_id = problem.detail or problem.title, call.lease_id
     about = {
         "conversation_id": call.conversation_id,
         "lease_id": lease_id,
-        "broker_url": _origin(response),
+        "broker_url": _origin(answer),
         "code": problem.code,
     }
     if problem.code in _DENIED:
         how = "set broker_api_key= or CONSERVE_BROKER_API_KEY"
-        return AccessDenied(f"the broker denies access: {detail} ({how})", status=response.status_code, **about)
+        return AccessDenied(f"the broker denies access: {detail} ({how})", status=answer.head.status_code, **about)
     if problem.code == "rate_limited":
         slow = RateLimited(
             f"the broker is asked too often: {detail}",
             retry_after_ms=retry_after_ms,
-            status=response.status_code,
+            status=answer.head.status_code,
             **about,
         )
         return TryAgain(slow, retry_after_ms=retry_after_ms, throttled=True)
@@ -250,11 +256,13 @@ def _failure(
         return LeaseExpired(f"the lease is not live any more: {detail}", lease_id=lease_id)
     if problem.code in ("lease_superseded", "engine_lost", "bad_token"):
         return LeaseLost(f"the lease is lost: {detail}", lease_id=lease_id)
-    if response.status_code in _RETRYABLE:
-        unavailable = BrokerUnavailable(f"the broker cannot answer now: {detail}", status=response.status_code, **about)
+    if answer.head.status_code in _RETRYABLE:
+        unavailable = BrokerUnavailable(
+            f"the broker cannot answer now: {detail}", status=answer.head.status_code, **about
+        )
         return TryAgain(unavailable, retry_after_ms=retry_after_ms)
     return ProtocolError(
-        f"the broker rejected {call.method} {call.path}: {detail}", status=response.status_code, **about
+        f"the broker rejected {call.method} {call.path}: {detail}", status=answer.head.status_code, **about
     )
 
 
@@ -282,22 +290,22 @@ def _lease_path(lease_id: str) -> str:
     return f"/v1/leases/{quote(lease_id, safe='')}"
 
 
-def _problem(response: httpx2.Response) -> Problem:
+def _problem(answer: Answer) -> Problem:
     try:
-        return Problem.model_validate_json(response.content)
+        return Problem.model_validate_json(answer.content)
     except pydantic.ValidationError:  # not one of ours: a proxy's page, or another server on that port
-        detail = f"HTTP {response.status_code} without a problem document: is this URL a ConServe broker?"
-        return Problem(title=response.reason_phrase, status=response.status_code, detail=detail, code="")
+        detail = f"HTTP {answer.head.status_code} without a problem document: is this URL a ConServe broker?"
+        return Problem(title=answer.head.reason_phrase, status=answer.head.status_code, detail=detail, code="")
 
 
-def _retry_after_ms(response: httpx2.Response, problem: Problem) -> int:
+def _retry_after_ms(answer: Answer, problem: Problem) -> int:
     if problem.retry_after_ms is not None:
         return max(0, problem.retry_after_ms)
-    header = response.headers.get("Retry-After", "")
+    header = answer.head.headers.get("Retry-After", "")
     return int(header) * 1000 if header.isascii() and header.isdigit() else 0
 
 
-def _not_understood(call: BrokerCall, response: httpx2.Response, exc: pydantic.ValidationError) -> ProtocolError:
+def _not_understood(call: BrokerCall, answer: Answer, exc: pydantic.ValidationError) -> ProtocolError:
     first = exc.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the body"
     return ProtocolError(
@@ -305,10 +313,10 @@ def _not_understood(call: BrokerCall, response: httpx2.Response, exc: pydantic.V
         "use a broker and an SDK of the same protocol version",
         conversation_id=call.conversation_id,
         lease_id=call.lease_id,
-        broker_url=_origin(response),
-        status=response.status_code,
+        broker_url=_origin(answer),
+        status=answer.head.status_code,
     )
 
 
-def _origin(response: httpx2.Response) -> str:
-    return str(response.request.url.copy_with(raw_path=b"/")).rstrip("/")
+def _origin(answer: Answer) -> str:
+    return str(answer.head.request.url.copy_with(raw_path=b"/")).rstrip("/")

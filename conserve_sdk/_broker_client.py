@@ -19,7 +19,7 @@ import tenacity
 from conserve_sdk import _broker_calls as calls
 from conserve_sdk._broker_access import BrokerAccess
 from conserve_sdk._broker_attempts import Attempts, BrokerUrls
-from conserve_sdk._broker_calls import BrokerCall, TryAgain
+from conserve_sdk._broker_calls import Answer, BrokerCall, TryAgain
 from conserve_sdk._broker_starts import Starts
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
@@ -44,13 +44,13 @@ LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
 
 _T = TypeVar("_T")
 _Make = Callable[[int], BrokerCall]
-_Parse = Callable[[BrokerCall, httpx2.Response], _T]
+_Parse = Callable[[BrokerCall, Answer], _T]
 
 
-class _LoopClient(NamedTuple):
+class _InLoop(NamedTuple):
     """What one event loop calls brokers with."""
 
-    http: httpx2.AsyncClient
+    network: httpx2.AsyncBaseTransport
     starts: Starts
 
 
@@ -67,7 +67,7 @@ class SyncBrokerClient:
     that makes no sense, and `LeaseExpired` / `LeaseLost` where the broker says so.
     """
 
-    _client: httpx2.Client | None
+    _network: httpx2.BaseTransport | None
     _lock: threading.Lock
 
     def __init__(
@@ -163,25 +163,26 @@ class SyncBrokerClient:
     def close(self) -> None:
         """Close the connections. Idempotent; a later call opens new ones."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None and self._transport is None:
-            client.close()
+            network, self._network = self._network, None
+        if network is not None:
+            network.close()
 
     def _start_afresh(self) -> None:
         # In a forked child the sockets are the parent's: forget them without a goodbye on the wire.
         self._lock = threading.Lock()
-        self._client = None
+        self._network = None
 
-    def _http(self) -> httpx2.Client:
+    def _connections(self) -> httpx2.BaseTransport:
+        if self._transport is not None:
+            return self._transport
         with self._lock:
-            if self._client is None:
-                transport = self._transport or self._network()
-                self._client = httpx2.Client(transport=transport, headers=self._access.headers())
-            return self._client
-
-    def _network(self) -> httpx2.BaseTransport:
-        verify = self._access.verify(self._brokers.urls)
-        return Http1Transport(limits=LIMITS) if verify is False else httpx2.HTTPTransport(verify=verify, limits=LIMITS)
+            if self._network is None:
+                verify = self._access.verify(self._brokers.urls)
+                plain = verify is False
+                self._network = (
+                    Http1Transport(limits=LIMITS) if plain else httpx2.HTTPTransport(verify=verify, limits=LIMITS)
+                )
+            return self._network
 
     def _perform(
         self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0, gone_ms: int | None = None
@@ -196,13 +197,17 @@ class SyncBrokerClient:
         )
 
         def attempt() -> _T:
-            client, call = self._http(), make(attempts.wait_left_ms())
+            network, call = self._connections(), make(attempts.wait_left_ms())
             try:
-                response = _receive(client, attempts.request(client, call), attempts)
+                answer = _receive(network, attempts.request(call, self._access.headers()), attempts)
             except httpx2.TransportError as exc:
                 raise attempts.unanswered(exc) from exc
-            return attempts.answered(parse(call, response))
+            return attempts.answered(parse(call, answer))
 
+        try:
+            return attempt()
+        except TryAgain as exc:
+            first = exc
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TryAgain),
             stop=attempts.is_over,
@@ -211,7 +216,7 @@ class SyncBrokerClient:
             reraise=True,
         )
         try:
-            return retrying(attempt)
+            return retrying(_after(first, attempt))
         except TryAgain as last:
             raise last.error from last.__cause__
 
@@ -236,7 +241,7 @@ class AsyncBrokerClient:
         self._access = access or BrokerAccess()
         self._transport = transport
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
-        self._clients = PerLoop(self._make_client, close=self._close_client)
+        self._loops = PerLoop(self._made, close=self._closed)
 
     async def acquire(
         self,
@@ -296,21 +301,20 @@ class AsyncBrokerClient:
         return await self._perform(lambda _: calls.engines_call(), calls.parse_engines, budget_ms=budget_ms)
 
     async def aclose(self) -> None:
-        """Close this loop's client. Idempotent; a later call opens a new one."""
-        await self._clients.aclose()
+        """Close this loop's connections. Idempotent; a later call opens new ones."""
+        await self._loops.aclose()
 
-    def _make_client(self) -> _LoopClient:
-        transport = self._transport or self._network()
-        return _LoopClient(httpx2.AsyncClient(transport=transport, headers=self._access.headers()), Starts())
-
-    def _network(self) -> httpx2.AsyncBaseTransport:
+    def _made(self) -> _InLoop:
+        if self._transport is not None:
+            return _InLoop(self._transport, Starts())
         verify = self._access.verify(self._brokers.urls)
         plain = verify is False
-        return AsyncHttp1Transport(limits=LIMITS) if plain else AsyncHTTPTransport(verify=verify, limits=LIMITS)
+        network = AsyncHttp1Transport(limits=LIMITS) if plain else AsyncHTTPTransport(verify=verify, limits=LIMITS)
+        return _InLoop(network, Starts())
 
-    async def _close_client(self, client: _LoopClient) -> None:
+    async def _closed(self, here: _InLoop) -> None:
         if self._transport is None:
-            await client.http.aclose()
+            await here.network.aclose()
 
     async def _perform(
         self, make: _Make, parse: _Parse[_T], *, budget_ms: int, patience_ms: int = 0, gone_ms: int | None = None
@@ -325,15 +329,19 @@ class AsyncBrokerClient:
         )
 
         async def attempt() -> _T:
-            client = await self._clients.get()
+            here = await self._loops.get()
             try:
-                async with client.starts.one(within_s=attempts.time_left_s(), may_wait=patience_ms > 0):
+                async with here.starts.one(within_s=attempts.time_left_s(), may_wait=patience_ms > 0):
                     call = make(attempts.wait_left_ms())
-                    response = await _areceive(client.http, attempts.request(client.http, call), attempts)
+                    answer = await _areceive(here.network, attempts.request(call, self._access.headers()), attempts)
             except httpx2.TransportError as exc:
                 raise attempts.unanswered(exc) from exc
-            return attempts.answered(parse(call, response))
+            return attempts.answered(parse(call, answer))
 
+        try:
+            return await attempt()
+        except TryAgain as exc:
+            first = exc
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TryAgain),
             stop=attempts.is_over,
@@ -342,44 +350,74 @@ class AsyncBrokerClient:
             reraise=True,
         )
         try:
-            return await retrying(attempt)
+            return await retrying(_aafter(first, attempt))
         except TryAgain as last:
             raise last.error from last.__cause__
 
 
-def _receive(client: httpx2.Client, request: httpx2.Request, attempts: Attempts) -> httpx2.Response:
-    """Send a request and read its answer, however long or slow, within bounds."""
-    head, body = client.send(request, stream=True), bytearray()
+def _receive(network: httpx2.BaseTransport, request: httpx2.Request, attempts: Attempts) -> Answer:
+    """Send a request and read its answer, however long or slow, within bounds.
+
+    No client round the transport: nobody is redirected, keeps cookies or has a proxy here, and looking for all that
+    cost as much as the rest of a call.
+    """
+    head, body = network.handle_request(request), bytearray()
+    head.request = request
     try:
         for chunk in head.iter_bytes():
             body += chunk
             attempts.received(head, body)
     finally:
         head.close()
-    return attempts.whole(head, body)
+    return Answer(head, bytes(body))
 
 
-async def _areceive(client: httpx2.AsyncClient, request: httpx2.Request, attempts: Attempts) -> httpx2.Response:
+async def _areceive(network: httpx2.AsyncBaseTransport, request: httpx2.Request, attempts: Attempts) -> Answer:
     """The async twin of `_receive`."""
-    head, body = await client.send(request, stream=True), bytearray()
+    head, body = await network.handle_async_request(request), bytearray()
+    head.request = request
     try:
         async for chunk in head.aiter_bytes():
             body += chunk
             attempts.received(head, body)
     finally:
         await head.aclose()
-    return attempts.whole(head, body)
+    return Answer(head, bytes(body))
+
+
+def _after(first: TryAgain, attempt: Callable[[], _T]) -> Callable[[], _T]:
+    """The attempts, the first of which was made already: most calls need no second one, and no tenacity."""
+    made = [first]
+
+    def again() -> _T:
+        if made:
+            raise made.pop()
+        return attempt()
+
+    return again
+
+
+def _aafter(first: TryAgain, attempt: Callable[[], Awaitable[_T]]) -> Callable[[], Awaitable[_T]]:
+    """The async twin of `_after`."""
+    made = [first]
+
+    async def again() -> _T:
+        if made:
+            raise made.pop()
+        return await attempt()
+
+    return again
 
 
 def _batch_parser(expected: int) -> _Parse[BatchAnswer]:
-    def parse(call: BrokerCall, response: httpx2.Response) -> BatchAnswer:
-        return calls.parse_batch(call, response, expected=expected)
+    def parse(call: BrokerCall, answer: Answer) -> BatchAnswer:
+        return calls.parse_batch(call, answer, expected=expected)
 
     return parse
 
 
-def _check_released(call: BrokerCall, response: httpx2.Response) -> None:
+def _check_released(call: BrokerCall, answer: Answer) -> None:
     try:
-        calls.check(call, response)
+        calls.check(call, answer)
     except (LeaseExpired, LeaseLost):
         return  # not ours any more, which is what was asked for

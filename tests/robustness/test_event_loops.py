@@ -69,7 +69,7 @@ def test_eight_threads_with_three_loops_each(stack) -> None:
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(thread, range(THREADS)))
-        assert len(conserve._runtime.async_engines._loops) == len(conserve._runtime.async_broker._clients) == 0
+        assert len(conserve._runtime.async_engines._loops) == len(conserve._runtime.async_broker._loops) == 0
     records = turns.records
     assert len(records) == THREADS * LOOPS * 2
     assert {record.error for record in records} | {record.loss for record in records} == {""}

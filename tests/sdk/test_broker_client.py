@@ -450,7 +450,7 @@ class TestConnections:
         for loops in (1, 2):
             asyncio.run(talk())
             assert len(tiny_broker.peers) == loops
-            assert len(client._clients) == 0  # it closed with its loop
+            assert len(client._loops) == 0  # it closed with its loop
 
     def test_a_forked_child_does_not_write_to_its_parents_socket(self, tiny_broker, fork_and_wait) -> None:
         client = SyncBrokerClient([tiny_broker.url])
