@@ -68,6 +68,10 @@ class Reporter:
     _thread: threading.Thread | None
     _urgent: bool
     _noticed: bool
+    _tick_at_ms: int | None
+    """When the thread sends whatever is queued then, without having been woken for it: set while reports keep coming,
+    as waking it costs a turn more than all else that is done for its report."""
+    _batches: int
     _retry_at_ms: int
     _backoff_ms: int
     _submitted: int
@@ -119,7 +123,7 @@ class Reporter:
             if report.kind == "engine_failure" or len(self._queue) >= self._batch_max:
                 self._urgent = True
             self._drop_excess()
-            if self._urgent or len(self._queue) == 1:  # else the thread knows when to look already
+            if self._urgent or (len(self._queue) == 1 and self._tick_at_ms is None):  # else the thread will look
                 self._notice()
 
     def give_back(self, grant: LeaseGrant) -> None:
@@ -200,6 +204,8 @@ class Reporter:
         self._thread = None
         self._urgent = False
         self._noticed = False
+        self._tick_at_ms = None
+        self._batches = 0
         self._retry_at_ms = 0
         self._backoff_ms = 0
         self._submitted = self._settled = self._failures = 0
@@ -217,13 +223,22 @@ class Reporter:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._noticed = False
+            batches = self._begin_round()
             wake_at_ms = self._pump_safely()
             with self._changed:
+                if self._batches > batches:
+                    self._tick_at_ms = self._clock() + self._window_ms
                 if not self._wait(wake_at_ms) or self._closed:
                     self._thread = None
                     return
+
+    def _begin_round(self) -> int:
+        with self._changed:
+            self._noticed = False
+            if self._tick_at_ms is not None and self._clock() >= self._tick_at_ms:
+                self._tick_at_ms = None
+                self._urgent = self._urgent or bool(self._queue)
+            return self._batches
 
     def _pump_safely(self) -> int | None:
         now_ms = self._clock()
@@ -235,6 +250,8 @@ class Reporter:
 
     def _wait(self, wake_at_ms: int | None) -> bool:
         """Sleep until there is something to do; False when there has been nothing for long. The lock is held."""
+        if self._tick_at_ms is not None:
+            wake_at_ms = self._tick_at_ms if wake_at_ms is None else min(wake_at_ms, self._tick_at_ms)
         if wake_at_ms is None:
             return self._changed.wait_for(lambda: self._noticed or self._closed, timeout=IDLE_EXIT_S)
         pause_s = (wake_at_ms - self._clock()) / 1000
@@ -258,6 +275,7 @@ class Reporter:
         except ConServeError as exc:
             self._give_up(batch, exc)
             return True
+        self._batches += 1
         self._apply(answer.results, [entry.lease_id for entry in batch], now_ms)
         self._settle(len(batch))
         return True

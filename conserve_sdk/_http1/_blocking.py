@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
@@ -102,6 +103,8 @@ class _Connection:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._timeout_s = connected.gettimeout()
+        self._watch = select.poll()
+        self._watch.register(connected, select.POLLIN)
         self.answer = AnswerReader()
 
     @classmethod
@@ -146,14 +149,7 @@ class _Connection:
 
     def is_quiet(self) -> bool:
         """Whether the peer has said nothing since its last answer, not even goodbye."""
-        try:
-            self._within(0.0)
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        return not self._watch.poll(0)
 
     def close(self) -> None:
         # Not shut down: a forked child that lets go of its parent's sockets must not end them.
