@@ -59,7 +59,7 @@ def _application(text: str) -> typer.Typer:
 
 broker_app = _application("Run the broker that hands out conversation leases.")
 explain_app = _application("Explain why a lease stands where it does.")
-engines_app = _application("List, drain and undrain engines.")
+engines_app = _application("List, drain and undrain engines; without a command: list.")
 drain_app = _application("Give an engine no new leases; those it has live on.")
 undrain_app = _application("Let a drained engine take leases again.")
 leases_app = _application("List live leases.")
@@ -78,8 +78,9 @@ def explain_main(argv: Sequence[str]) -> int:
 
 
 def engines_main(argv: Sequence[str]) -> int:
-    """`conserve engines list|drain|undrain [ENGINE]`."""
-    return _run(engines_app, argv, name="conserve engines")
+    """`conserve engines [list|drain|undrain] [ENGINE]`; alone it lists."""
+    alone = not argv or (argv[0].startswith("-") and argv[0] != "--help")
+    return _run(engines_app, ["list", *argv] if alone else argv, name="conserve engines")
 
 
 def drain_main(argv: Sequence[str]) -> int:

@@ -89,7 +89,7 @@ def test_engines_are_listed_drained_and_undrained(
     assert "d0: asked to drain" in printed
     assert engines_main(["undrain", "d0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "ready"
-    assert engines_main(["list", "--json"]) == 0
+    assert engines_main(["--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["engines"]) == 2
 
 
@@ -183,10 +183,10 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (drain_main, [], "conserve drain: Missing argument 'engine'; `conserve drain --help` tells more"),
         (
             engines_main,
-            ["--broker", "x"],
-            "conserve engines: No such option: --broker; `conserve engines --help` tells more",
+            ["--wait"],
+            "conserve engines list: No such option: --wait; `conserve engines list --help` tells more",
         ),
-        (engines_main, [], "conserve engines: Missing command; `conserve engines --help` tells more"),
+        (engines_main, ["remove"], "conserve engines: No such command 'remove'; `conserve engines --help` tells more"),
     ],
     ids=["argument", "option", "command"],
 )
