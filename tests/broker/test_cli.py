@@ -184,7 +184,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         (
             engines_main,
             ["--wait"],
-            "conserve engines list: No such option: --wait; `conserve engines list --help` tells more",
+            "conserve engines: No such option: --wait; `conserve engines --help` tells more",
         ),
         (engines_main, ["remove"], "conserve engines: No such command 'remove'; `conserve engines --help` tells more"),
     ],
