@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from conserve_broker.journal import Journal, Recovery
 from conserve_broker.redis_store import LeaderRows, RedisStore
 from conserve_broker.settings import StoreTable
 from conserve_lab.emulator import EmulatedFleet, default_fleet
+from conserve_lab.ports import free_ports
 from conserve_sdk.core.events import LeaseStored
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import Receipt
@@ -243,11 +243,12 @@ class BrokerProcess:
     def __init__(
         self, path: Path, fleet: EngineEntries, store: StoreTable, *, more: Mapping[str, Any] | None = None
     ) -> None:
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
         self._path = path
         self._process: subprocess.Popen[bytes] | None = None
         tables: dict[str, Any] = {
-            "listen": {"port": int(self.url.rsplit(":", 1)[1])},
+            "listen": {"port": port},
             "scrape": {"interval_ms": 200},
             "admission": {"leases_max": 1_000_000, "leases_per_tenant_max": 1_000_000},
             "store": {"kind": "redis", "url": store.url, "lock_ttl_ms": store.lock_ttl_ms},
@@ -329,7 +330,7 @@ class BrokerProcess:
 @contextmanager
 def running_store(binary: str, folder: Path) -> Iterator[str]:
     """A server with an append-only file in `folder`; gives its URL."""
-    port = _free_port()
+    (port,) = free_ports(1)
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
     process = subprocess.Popen(  # noqa: S603  # found by name on the PATH, arguments of ours
         [*command, "--appendonly", "yes"], stdout=subprocess.DEVNULL
@@ -392,8 +393,3 @@ def _lease_like(grant: LeaseGrant) -> Lease:
         receipt=Receipt(preset="", rule="", prefill_rule="", need_tokens=Tokens(1), waited_ms=Ms(0), candidates=()),
         activity_since_ms=now_ms,
     )
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])

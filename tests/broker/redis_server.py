@@ -14,6 +14,8 @@ from typing import Self
 
 import pytest
 
+from conserve_lab.ports import free_ports
+
 BUDGET_S = 30.0
 BINARY = shutil.which("valkey-server") or shutil.which("redis-server")
 NEEDS_SERVER = pytest.mark.skipif(
@@ -23,8 +25,8 @@ NEEDS_SERVER = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    (port,) = free_ports(1)
+    return port
 
 
 class RedisServer:

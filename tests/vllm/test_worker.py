@@ -19,9 +19,9 @@ import conserve_sdk
 import conserve_vllm
 from conserve_broker.server import BrokerServer
 from conserve_broker.settings import BrokerConfig
+from conserve_lab.ports import free_ports
 from conserve_lab.vllm import ModelShape, find_venv, parse_counters
 from conserve_lab.vllm._model import make_model
-from conserve_lab.vllm._ports import free_ports
 from conserve_lab.vllm.fleet import DEFAULT_CACHE
 from conserve_lab.vllm.install import python_of
 from conserve_sdk import ConServe, LeaseRefused, conversation

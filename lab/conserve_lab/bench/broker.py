@@ -25,7 +25,6 @@ from conserve_lab.bench.page_servers import PageServers
 from conserve_lab.bench.processes import (
     answer,
     cpu_us,
-    free_port,
     running_bare_server,
     running_broker,
     running_engines,
@@ -34,6 +33,7 @@ from conserve_lab.bench.recovery import Recovered, recover
 from conserve_lab.bench.stored_leases import CAPACITY_TOKENS, leases_on, write_journal
 from conserve_lab.demo.errors import DemoError
 from conserve_lab.failover import Failover, measure_failover, store_binary
+from conserve_lab.ports import free_ports
 from conserve_sdk.core import Lease, Ms
 from conserve_sdk.tokens import SigningKey, TokenSigner, claims_of
 
@@ -122,7 +122,7 @@ def run_broker_bench(bench: BrokerBench, *, json_path: Path, console: Console) -
 
 
 def _served(bench: BrokerBench, folder: Path, progress: Progress) -> Figures:
-    port, bare_port, path = free_port(), free_port(), folder / "leases.db"
+    (port, bare_port), path = free_ports(2), folder / "leases.db"
     with running_engines(prefillers=bench.prefillers, decoders=bench.decoders) as engines, LoadClient() as client:
         for engine in engines:
             engine["kv_capacity_tokens"] = CAPACITY_TOKENS
@@ -311,7 +311,8 @@ def _watched(bench: BrokerBench, folder: Path, progress: Progress) -> Figures:
     task = progress.add_task("64 engines, each scraped once a second", total=1)
     with PageServers(64) as servers:
         tables = _tables(servers.engines)
-        with running_broker(folder / "watched.toml", tables, port=free_port()) as pid:
+        (port,) = free_ports(1)
+        with running_broker(folder / "watched.toml", tables, port=port) as pid:
             time.sleep(2.0)  # all have been asked for their models
             before_us, began_s = cpu_us(pid), time.perf_counter()
             time.sleep(bench.scrape_s)

@@ -22,12 +22,6 @@ START_BUDGET_S = 120.0
 _SERVE = "import sys; from conserve_broker.cli import broker_main; sys.exit(broker_main(sys.argv[1:]))"
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 def cpu_us(pid: int) -> float:
     """CPU time that a process's threads have used, in microseconds (Linux: to the nanosecond).
 

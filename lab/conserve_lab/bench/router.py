@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import httpx2
 
 from conserve_lab.bench.stack_process import Addresses
 from conserve_lab.demo.cpu import process_cpu_s
+from conserve_lab.ports import free_ports
 
 __all__ = [
     "NoRouter",
@@ -105,7 +105,7 @@ def router_with(binary: Path, flags: Sequence[str]) -> Iterator[RouterProcess]:
     Raises:
         NoRouter: it does not come up.
     """
-    port, metrics_port = _free_port(), _free_port()
+    port, metrics_port = free_ports(2)
     command = [
         *[str(binary), "--host", "127.0.0.1", "--port", str(port)],
         *["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)],
@@ -142,8 +142,3 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
                 pass
             time.sleep(0.2)
     raise NoRouter(f"vllm-router was not ready within {START_BUDGET_S:.0f} s")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

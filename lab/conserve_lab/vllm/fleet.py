@@ -17,6 +17,7 @@ import httpx2
 
 import conserve_sdk
 import conserve_vllm
+from conserve_lab.ports import NoPortError, free_ports, wait_free
 from conserve_lab.vllm._engine import (
     BLOCK_TOKENS,
     CONNECTOR,
@@ -30,7 +31,6 @@ from conserve_lab.vllm._engine import (
 )
 from conserve_lab.vllm._launcher import SCRIPT, Launcher
 from conserve_lab.vllm._model import ModelShape, eos_token_id, make_model
-from conserve_lab.vllm._ports import free_ports, wait_free
 from conserve_lab.vllm.counters import EngineCounters, parse_counters
 from conserve_lab.vllm.errors import VllmEngineDiedError, VllmMissingError, VllmStartError
 from conserve_lab.vllm.install import installed_version, python_of
@@ -233,7 +233,10 @@ class VllmFleet:
         name = self._id(engine_id)
         self.kill(name)
         spec = self._specs[name]
-        wait_free([port for port in (spec.port, spec.side_channel_port) if port], timeout_s=KILL_BUDGET_S)
+        try:
+            wait_free([port for port in (spec.port, spec.side_channel_port) if port], timeout_s=KILL_BUDGET_S)
+        except NoPortError as error:
+            raise VllmStartError(str(error)) from error
         self._engines[name] = self._when_healthy(name, pid=self._launch(name))
         return self._engines[name]
 
@@ -267,7 +270,10 @@ class VllmFleet:
             ("a", "both", options.references, False),
             ("s", "prefiller", options.strangers, True),
         ]
-        ports = iter(free_ports(2 * sum(count for _, _, count, _ in kinds)))
+        try:
+            ports = iter(free_ports(2 * sum(count for _, _, count, _ in kinds)))
+        except NoPortError as error:
+            raise VllmStartError(str(error)) from error
         for letter, role, count, moves_kv in kinds:
             for number in range(count):
                 port, side_channel = next(ports), next(ports)
