@@ -65,7 +65,8 @@ def test_prefillers_are_filled_to_seven_tenths_and_one_decoder_stays(work: float
     found = advice(fleet(8, share=work / 8))
     assert (found.prefillers, found.decoders) == (prefillers, 8 - prefillers)
     assert codes(found) == ["ratio"]
-    assert f"0 of the engines are prefillers; the work seen calls for {prefillers}" in found.findings[0].text
+    said = f"0 of the engines are prefillers; the work seen calls for {prefillers}, {prefillers} more."
+    assert found.findings[0].text == said
 
 
 def test_too_many_prefillers_are_said_to_be() -> None:

@@ -185,6 +185,15 @@ def test_pruning_looks_again_when_there_is_something_again() -> None:
     assert world.view("p0").backlog_tokens == 0
 
 
+def test_pruning_says_whether_anything_was_too_old() -> None:
+    backlog = Backlog()
+    assert not backlog.prune(until_ms=10)
+    backlog.dispatch(LeaseId("l1"), tokens=5, now_ms=Ms(10))
+    assert not backlog.prune(until_ms=9)
+    assert backlog.prune(until_ms=10)
+    assert backlog.tokens == 0
+
+
 @given(st.lists(st.tuples(st.sampled_from("dfr"), st.integers(0, 5), st.integers(0, 40))))
 def test_a_backlog_is_the_sum_of_its_parts_and_never_negative(steps: list[tuple[str, int, int]]) -> None:
     backlog, parts = Backlog(), dict[str, int]()

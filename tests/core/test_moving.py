@@ -14,6 +14,7 @@ from conserve_sdk.core import (
     BrokerSettings,
     Directive,
     EngineId,
+    EngineSpec,
     Incarnation,
     Lease,
     Mode,
@@ -430,6 +431,12 @@ class TestThreshold:
 
     def test_a_prefiller_out_of_reach_counts_for_nothing(self) -> None:
         assert self.grant(transfer_group=TransferGroup("other")).append_threshold_tokens == 0
+
+    @pytest.mark.parametrize("fleet", [[spec("d0"), spec("d1")], [spec("d0", Role.BOTH)]])
+    def test_decoders_and_the_engine_itself_are_no_prefillers(self, fleet: list[EngineSpec]) -> None:
+        here = World(settings=BrokerSettings(), fleet=fleet)
+        here.observe("d0", running=8)
+        assert here.grant("c", 2_000, hint=EngineId("d0")).append_threshold_tokens == 0
 
     @pytest.mark.parametrize(("tokens", "moves"), [(2_000 + 936, False), (2_000 + 937, True)])
     def test_the_score_agrees_with_it(self, tokens: int, moves: bool) -> None:

@@ -20,6 +20,7 @@ from conserve_sdk.core import (
     Mode,
     Ms,
     PlacementSettings,
+    PrefillChoice,
     Role,
     Tokens,
     TransferGroup,
@@ -193,6 +194,11 @@ def test_the_score_is_what_the_policy_study_says() -> None:
     assert (found.receipt.prefill_rule, found.receipt.candidates[1].verdict) == ("score", "chosen")
 
 
+def test_without_a_weight_nobody_is_harmed() -> None:
+    preset = PlacementSettings(name="own", prefill_choice=PrefillChoice.SCORE)
+    assert placed(score_views(busy=4), preset=preset, tokens=2_000).receipt.candidates[0].score_us == 200_000
+
+
 def test_busy_leases_count_where_the_scrape_saw_less() -> None:
     found = placed(score_views(busy=4, running=1), preset=DEFAULT, tokens=2_000)
     assert found.receipt.candidates[0].score_us == 200_000 + 240_000
@@ -254,6 +260,16 @@ def test_a_receipt_lists_the_chosen_and_the_best_others_per_role() -> None:
         candidate for candidate in placed([*views[:2], *views[8:]]).receipt.candidates if candidate.role == "decoder"
     ]
     assert [candidate.verdict for candidate in hosts] == ["fits", "chosen", "over_watermark"]
+
+
+def test_a_receipt_shows_engines_that_fit_before_emptier_ones_that_do_not() -> None:
+    views = [*(leased(f"d{index}", 1_000 * index) for index in range(4)), view("d4", state=EngineState.DRAINING)]
+    assert [each.engine_id for each in placed(views).receipt.candidates] == ["d0", "d1", "d2", "d3"]
+
+
+def test_where_no_score_was_computed_the_receipt_has_none() -> None:
+    found = placed([view("d0"), view("d1"), view("p0", Role.PREFILLER), view("p1", Role.PREFILLER)])
+    assert {(each.score_us, each.uncached_tokens) for each in found.receipt.candidates} == {(-1, -1)}
 
 
 def test_receipts_share_the_lines_that_say_the_same() -> None:
