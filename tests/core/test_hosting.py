@@ -163,6 +163,11 @@ class TestPrefillersHost:
         here = self.world()
         assert here.view("p0").prefill_share_ppm == 1_000_000
         assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
+        here.observe("p0")
+        assert here.view("p0").prefill_share_ppm == 1_000_000, "no time has passed"
+        here.wait(1)
+        here.observe("p0")
+        assert here.view("p0").prefill_share_ppm == 1_000_000 * 1_000 // 1_001
 
     @pytest.mark.parametrize(("idle_ms", "hosts"), [(428, False), (429, True)])
     def test_it_hosts_from_exactly_the_gate_on(self, idle_ms: int, hosts: bool) -> None:

@@ -21,6 +21,7 @@ from conserve_sdk.core import (
     Ms,
     PlacementSettings,
     PrefillChoice,
+    RefusalReason,
     Role,
     Tokens,
     TransferGroup,
@@ -103,6 +104,13 @@ def test_a_hint_wins_within_the_slack_and_not_above() -> None:
 def test_a_hint_that_does_not_fit_is_ignored() -> None:
     views = [leased("d0", 0), leased("d1", 99_500)]
     assert decoder(views, hint=EngineId("d1"), preset=replace(PAPER, hint_slack_ppm=DEFAULT.kv_watermark_ppm)) == "d0"
+
+
+def test_what_the_reserve_leaves_is_never_below_nothing() -> None:
+    found = outcome([view("d0")], preset=replace(PAPER, reserve_tokens=Tokens(100_001)))
+    assert isinstance(found, NoPlacement)
+    assert (found.reason, found.hopeless) == (RefusalReason.PROMPT_TOO_LONG, True)
+    assert "the largest decoder of m takes 0:" in found.detail
 
 
 def test_a_failed_engine_is_left_out() -> None:
@@ -267,6 +275,12 @@ def test_a_receipt_shows_engines_that_fit_before_emptier_ones_that_do_not() -> N
     assert [each.engine_id for each in placed(views).receipt.candidates] == ["d0", "d1", "d2", "d3"]
 
 
+def test_a_receipt_shows_the_chosen_prefiller_even_if_it_is_the_last() -> None:
+    views = [view(f"p{index}", Role.PREFILLER, backlog_tokens=Tokens(9 - index)) for index in range(6)]
+    shown = [each for each in placed([view("d0"), *views]).receipt.candidates if each.role == "prefiller"]
+    assert [(each.engine_id, each.verdict) for each in shown][2:] == [("p2", "fits"), ("p5", "chosen")]
+
+
 def test_where_no_score_was_computed_the_receipt_has_none() -> None:
     found = placed([view("d0"), view("d1"), view("p0", Role.PREFILLER), view("p1", Role.PREFILLER)])
     assert {(each.score_us, each.uncached_tokens) for each in found.receipt.candidates} == {(-1, -1)}
@@ -276,6 +290,12 @@ def test_receipts_share_the_lines_that_say_the_same() -> None:
     views = [view("d0"), view("d1")]
     first, second = placed(views).receipt, placed(views).receipt
     assert first.candidates[1] is second.candidates[1]
+
+
+@pytest.mark.parametrize("scores", [(-1, 0, -1), (0, -1, 0)])
+def test_a_line_with_a_score_is_shared_with_none_without(scores: tuple[int, ...]) -> None:
+    seen = view("d0")
+    assert tuple(seen.as_candidate("decoder", "chosen", score, score).score_us for score in scores) == scores
 
 
 def test_presets_are_found_by_their_names() -> None:
