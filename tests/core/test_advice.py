@@ -103,6 +103,7 @@ def test_tiny_first_turns_need_no_prefiller(tokens: int, tiny: bool) -> None:
 def test_one_engine_is_not_divided_and_none_is_no_fleet() -> None:
     one = advice(fleet(1, share=0.9))
     assert (one.preset, one.prefillers, one.decoders, codes(one)) == ("affinity", 0, 1, ["one_engine"])
+    assert codes(advice(fleet(1, share=0.1, active=90_000))) == ["one_engine"], "whatever else is true of it"
     gone = advice([engine("d0", 0.0, state=EngineState.GONE)])
     assert (gone.engines_ready, gone.kv_active_ppm, gone.sure, codes(gone)) == (0, 0, False, ["no_engine"])
 

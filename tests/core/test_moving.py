@@ -449,7 +449,7 @@ class TestThreshold:
     def test_a_prefiller_out_of_reach_counts_for_nothing(self) -> None:
         assert self.grant(transfer_group=TransferGroup("other")).append_threshold_tokens == 0
 
-    def threshold(self, decoder: str, *, cached: int = 0) -> int:
+    def threshold(self, decoder: str, *, cached: int = 0, **changes: Any) -> int:
         """Of a lease of 2000 tokens beside 8 streams, no append being too small; so many tokens are at p0 already."""
         here = World(fleet=[spec("d0"), spec("p0", Role.PREFILLER), spec("p1", Role.PREFILLER)])
         here.observe(decoder, running=8)
@@ -457,7 +457,7 @@ class TestThreshold:
         here.wait(3_000)
         rules = replace(DEFAULT, local_below_tokens=Tokens(0))
         return append_threshold_tokens(
-            here.view(decoder),
+            replace(here.view(decoder), **changes),
             here.broker.engines(),
             context_tokens=2_000,
             cached={EngineId("p0"): Tokens(cached)},
@@ -468,6 +468,9 @@ class TestThreshold:
     @pytest.mark.parametrize(("cached", "us"), [(0, 220_000), (1_000, 120_000), (2_000, 20_000), (3_000, 20_000)])
     def test_a_preamble_there_saves_at_most_the_context(self, cached: int, us: int) -> None:
         assert self.threshold("d0", cached=cached) == us // (340 - 105)
+
+    def test_all_its_leases_may_decode_at_once_and_this_one_too(self) -> None:
+        assert self.threshold("d0", running=0, leases=7) == 220_000 // (340 - 105)
 
     def test_what_a_prefiller_hosts_stays_there(self) -> None:
         assert self.threshold("p0") == 0

@@ -113,6 +113,13 @@ def test_what_the_reserve_leaves_is_never_below_nothing() -> None:
     assert "the largest decoder of m takes 0:" in found.detail
 
 
+def test_a_refusal_names_what_is_against_each_engine() -> None:
+    found = outcome([view("d0", state=EngineState.DRAINING), view("p0", Role.PREFILLER)], preset=DEFAULT)
+    assert isinstance(found, NoPlacement)
+    assert (found.reason, found.hopeless) == (RefusalReason.NO_READY_ENGINE, False)
+    assert "(d0 draining, p0 prefilling)" in found.detail
+
+
 def test_a_failed_engine_is_left_out() -> None:
     assert decoder([view("d0"), view("d1")], failed_engine_id=EngineId("d0")) == "d1"
 
