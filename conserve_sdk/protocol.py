@@ -292,6 +292,7 @@ class EngineRegistration(_Wire):
         url: base URL without `/v1`, as the agents reach it; the broker's allow-list decides whether it may be.
         connector: `none` for an engine started without `--kv-transfer-config`.
         transfer_group, max_hold_ms: the broker's defaults for the connector when None.
+        tier: free name of its hardware class, for reports.
         host_tier_tokens: KV that it can keep in host memory; 0: none.
         incarnation: its own word for this life, by the name that the broker's scrapes derive of it; another one than
             before ends the leases of the life before at once.

@@ -123,6 +123,7 @@ class EngineSpec:
         host_tier_tokens: tokens of KV that the engine can keep in host memory (vLLM: OffloadingConnector) and load
             back; 0: it has no host tier.
         max_hold_ms: the engine's own `kv_lease_duration`: how long it can hold a finished turn's blocks; 0: cannot.
+        tier: free name of its hardware class, for reports; decides nothing.
     """
 
     engine_id: EngineId

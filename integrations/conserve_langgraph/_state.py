@@ -14,6 +14,9 @@ def messages_of_state(input_: object) -> LanguageModelInput | None:
 
     A state is a mapping with the key `messages` or an object with that attribute (dataclass, pydantic model).
     Prompt values have such an attribute too, yet are prompts.
+
+    Raises:
+        ValueError: the mapping has no `messages`.
     """
     if isinstance(input_, str | list | tuple | PromptValue):
         return None

@@ -65,7 +65,8 @@ def test_prefillers_are_filled_to_seven_tenths_and_one_decoder_stays(work: float
     found = advice(fleet(8, share=work / 8))
     assert (found.prefillers, found.decoders) == (prefillers, 8 - prefillers)
     assert codes(found) == ["ratio"]
-    assert f"0 of the engines are prefillers; the work seen calls for {prefillers}" in found.findings[0].text
+    said = f"0 of the engines are prefillers; the work seen calls for {prefillers}, {prefillers} more."
+    assert found.findings[0].text == said
 
 
 def test_too_many_prefillers_are_said_to_be() -> None:
@@ -96,11 +97,13 @@ def test_a_prefiller_that_would_be_idle_is_not_worth_a_quarter_of_the_fleet(shar
 def test_tiny_first_turns_need_no_prefiller(tokens: int, tiny: bool) -> None:
     found = advice(fleet(7, prefiller=0.6), grants=replace(SEEN, first_turn_p50_tokens=Tokens(tokens)))
     assert ("tiny_first_turns" in codes(found), found.prefillers) == (tiny, 0 if tiny else 1)
+    assert not tiny or "fewer than 256 uncached tokens" in found.findings[0].text
 
 
 def test_one_engine_is_not_divided_and_none_is_no_fleet() -> None:
     one = advice(fleet(1, share=0.9))
     assert (one.preset, one.prefillers, one.decoders, codes(one)) == ("affinity", 0, 1, ["one_engine"])
+    assert codes(advice(fleet(1, share=0.1, active=90_000))) == ["one_engine"], "whatever else is true of it"
     gone = advice([engine("d0", 0.0, state=EngineState.GONE)])
     assert (gone.engines_ready, gone.kv_active_ppm, gone.sure, codes(gone)) == (0, 0, False, ["no_engine"])
 
@@ -136,6 +139,12 @@ def test_lost_caches_and_idle_leases_call_for_a_host_tier() -> None:
     assert "48 of 60 leases" in texts["idle_leases"]
     tiered = [replace(view, spec=replace(view.spec, host_tier_tokens=Tokens(1))) for view in full]
     assert "idle_leases" not in codes(advice(tiered))
+
+
+@pytest.mark.parametrize(("busy", "idle"), [(4, True), (5, False)])
+def test_leases_are_idle_when_fewer_than_half_are_in_a_turn(busy: int, idle: bool) -> None:
+    found = advice([engine(f"d{index}", 0.1, active=80_000, leases=10, busy=busy) for index in range(6)])
+    assert ("idle_leases" in codes(found)) is idle
 
 
 def test_the_broker_advises_on_each_model_it_has() -> None:

@@ -15,6 +15,7 @@ from conserve_sdk.core import (
     EngineRestarted,
     EngineState,
     EngineStateChanged,
+    EngineView,
     Incarnation,
     LeaseDropped,
     LeaseVerdict,
@@ -41,12 +42,8 @@ def state(world: World, engine_id: str) -> EngineState:
 def test_an_engine_is_unknown_until_it_is_observed() -> None:
     world = World(fleet=[])
     assert world.configure(spec("d0")) == []
-    view = world.view("d0")
-    assert (view.state, view.incarnation, view.observed_at_ms, view.detail) == (
-        EngineState.UNKNOWN,
-        None,
-        None,
-        "not observed yet",
+    assert world.view("d0") == EngineView(
+        spec=spec("d0"), state=EngineState.UNKNOWN, detail="not observed yet", rate_tokens_per_s=10_000
     )
     assert states(world.observe("d0")) == [("d0", EngineState.UNKNOWN, EngineState.READY)]
     assert (world.view("d0").incarnation, world.view("d0").observed_at_ms, world.view("d0").detail) == ("i1", 0, "")

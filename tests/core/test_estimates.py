@@ -27,11 +27,16 @@ def test_samples_that_say_nothing_are_left_out(tokens: int, size: int) -> None:
     assert ratios.ppm(M) == 250_000
 
 
-@pytest.mark.parametrize(("tokens", "size", "clamped"), [(10**8, 256, 2_000_000), (1, 10**9, 10_000)])
-def test_absurd_samples_are_clamped(tokens: int, size: int, clamped: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "size", "clamped", "settled"), [(10**8, 256, 2_000_000, 1_999_993), (1, 10**9, 10_000, 10_000)]
+)
+def test_absurd_samples_are_clamped(tokens: int, size: int, clamped: int, settled: int) -> None:
     ratios = TokensPerByte()
     ratios.learn(M, prompt_tokens=Tokens(tokens), prompt_bytes=size)
     assert ratios.ppm(M) == (7 * 250_000 + clamped) // 8
+    for _ in range(200):
+        ratios.learn(M, prompt_tokens=Tokens(tokens), prompt_bytes=size)
+    assert ratios.ppm(M) == settled, "rounded down by each average"
 
 
 def test_a_smallest_sample_counts() -> None:
@@ -112,6 +117,8 @@ def test_an_engines_own_counters_are_believed_before_reports() -> None:
     assert world.view("p0").rate_tokens_per_s == 4_000
     world.finish(lease, 1_100, prompt_tokens=Tokens(1_000), prefill_ms=Ms(1), prefill_engine_id=EngineId("p0"))
     assert world.view("p0").rate_tokens_per_s == 4_000
+    world.observe("p0", incarnation=again, prefill_tokens_total=Tokens(7_400), prefill_busy_ms_total=Ms(1_501))
+    assert world.view("p0").rate_tokens_per_s == (3 * 4_000 + 400_000) // 4, "a millisecond is a sample"
 
 
 def test_a_restart_is_no_sample() -> None:
@@ -183,6 +190,15 @@ def test_pruning_looks_again_when_there_is_something_again() -> None:
     assert world.view("p0").backlog_tokens == 500
     world.at(60_000)
     assert world.view("p0").backlog_tokens == 0
+
+
+def test_pruning_says_whether_anything_was_too_old() -> None:
+    backlog = Backlog()
+    assert not backlog.prune(until_ms=10)
+    backlog.dispatch(LeaseId("l1"), tokens=5, now_ms=Ms(10))
+    assert not backlog.prune(until_ms=9)
+    assert backlog.prune(until_ms=10)
+    assert backlog.tokens == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from("dfr"), st.integers(0, 5), st.integers(0, 40))))

@@ -13,6 +13,7 @@ from conserve_sdk.core import (
     BrokerSettings,
     EngineId,
     EngineRemoved,
+    EngineSpec,
     Granted,
     LeaseId,
     LeaseStored,
@@ -28,7 +29,7 @@ from conserve_sdk.core import (
     Tokens,
     Waiting,
 )
-from tests.core.world import World, engines, full_world, granted, key, only, refused, settings, spec
+from tests.core.world import M, World, engines, full_world, granted, key, only, refused, settings, spec
 
 # ---- what is granted ----
 
@@ -275,7 +276,9 @@ def test_an_estimate_is_not_refused_for_being_a_little_too_long() -> None:
 def test_holding_is_bounded_by_settings_and_engine() -> None:
     assert World().grant("c").hold_ms == 10_000
     assert World(settings=settings(hold_ms=Ms(40_000))).grant("c").hold_ms == 30_000
-    assert World(fleet=[spec("d0", max_hold_ms=Ms(0))]).grant("c").hold_ms == 0
+    assert World(fleet=[spec("d0", max_hold_ms=Ms(1))]).grant("c").hold_ms == 1
+    silent = EngineSpec(engine_id=EngineId("d0"), url="http://d0", role=Role.DECODER, model=M)
+    assert World(fleet=[silent]).grant("c").hold_ms == 0, "who does not say how long it can hold cannot"
 
 
 def test_holding_leases_fill_only_their_share_of_a_decoder() -> None:

@@ -14,13 +14,12 @@ from conserve_sdk.core import (
     EngineId,
     Incarnation,
     Mode,
-    ModelName,
     Ms,
     PlacementSettings,
+    Ppm,
     PrefillerHosts,
     PrefixKey,
     RefusalReason,
-    RequestId,
     Role,
     Tokens,
     Waiting,
@@ -164,6 +163,11 @@ class TestPrefillersHost:
         here = self.world()
         assert here.view("p0").prefill_share_ppm == 1_000_000
         assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
+        here.observe("p0")
+        assert here.view("p0").prefill_share_ppm == 1_000_000, "no time has passed"
+        here.wait(1)
+        here.observe("p0")
+        assert here.view("p0").prefill_share_ppm == 1_000_000 * 1_000 // 1_001
 
     @pytest.mark.parametrize(("idle_ms", "hosts"), [(428, False), (429, True)])
     def test_it_hosts_from_exactly_the_gate_on(self, idle_ms: int, hosts: bool) -> None:
@@ -171,6 +175,15 @@ class TestPrefillersHost:
         here.wait(idle_ms)
         here.observe("p0")
         assert (here.view("p0").prefill_share_ppm <= 700_000) is hosts
+        here.request("c", 2_000)
+        assert (here.broker.lease_count() == 1) is hosts
+
+    @pytest.mark.parametrize(("gate_ppm", "hosts"), [(699_789, False), (699_790, True)])
+    def test_at_the_gate_itself_it_hosts(self, gate_ppm: int, hosts: bool) -> None:
+        here = self.world(host_gate_ppm=Ppm(gate_ppm))
+        here.wait(429)
+        here.observe("p0")
+        assert here.view("p0").prefill_share_ppm == 699_790
         here.request("c", 2_000)
         assert (here.broker.lease_count() == 1) is hosts
 
@@ -426,7 +439,7 @@ class TestHints:
         assert view.lost_share_ppm >= 500_000
         assert here.grant("next", 1_000, hint=EngineId("d1")).decoder.engine_id == "d0"
         here.observe("d1", incarnation=Incarnation("i2"))
-        assert here.view("d1").lost_caches == 0
+        assert (here.view("d1").lost_caches, here.view("d1").lost_share_ppm) == (0, 0)
 
 
 class TestLostCaches:
@@ -441,7 +454,11 @@ class TestLostCaches:
 
     @pytest.mark.parametrize(("cached", "lost"), [(500, 0), (499, 1), (0, 1)])
     def test_less_than_half_is_lost(self, cached: int, lost: int) -> None:
-        assert self.turns(16, cached).view("d0").lost_caches == lost
+        view = self.turns(16, cached).view("d0")
+        assert (view.lost_caches, view.lost_share_ppm) == (lost, 125_000 * lost)
+
+    def test_one_cached_token_shows_that_an_engine_says_it(self) -> None:
+        assert self.turns(1, 0).view("d0").lost_caches == 1
 
     def test_an_engine_that_never_says_what_it_cached_is_not_judged(self) -> None:
         assert self.turns(0, 0, 0).view("d0").lost_caches == 0
@@ -458,19 +475,3 @@ class TestLostCaches:
         elsewhere.finish(lease, 1_000)
         elsewhere.finish(lease, 1_000)
         assert elsewhere.broker.counters.lost_caches == 0
-
-
-def test_figures_of_the_last_grants() -> None:
-    here = World(settings=BrokerSettings(placement=AFFINITY))
-    model = ModelName("m")
-    none = here.broker.grant_figures(model)
-    assert (none.grants, none.wait_p95_ms, none.first_turn_p50_tokens) == (0, 0, 0)
-    for index in range(19):
-        here.release(here.grant(f"c{index}", 100 * (index + 1)))
-    full = here.grant("full", 32_000), here.grant("too", 32_000), here.grant("three", 32_000), here.grant("4", 32_000)
-    here.request("waits", 32_000, wait_ms=9_000, request_id=RequestId("waits"))
-    here.wait(700)
-    for lease in full:
-        here.release(lease)
-    figures = here.broker.grant_figures(model)
-    assert (figures.grants, figures.wait_p95_ms, figures.first_turn_p50_tokens) == (24, 0, 1_200)

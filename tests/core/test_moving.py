@@ -14,6 +14,7 @@ from conserve_sdk.core import (
     BrokerSettings,
     Directive,
     EngineId,
+    EngineSpec,
     Incarnation,
     Lease,
     Mode,
@@ -26,6 +27,7 @@ from conserve_sdk.core import (
     Tokens,
     TransferGroup,
 )
+from conserve_sdk.core.prefill import append_threshold_tokens
 from tests.core.world import World, answer, granted, spec
 
 CAPACITY = 100_000
@@ -76,6 +78,20 @@ def test_whoever_is_on_a_draining_decoder_is_told_to_leave_and_takes_its_kv_alon
     assert here.view("d0").backlog_tokens == 2_000, "the old decoder computes only what it does not hold"
     assert here.view("d0").kv_leased_tokens == 0
     assert here.broker.counters.moved[MoveReason.DRAINING] == 1
+
+
+@pytest.mark.parametrize(
+    ("cached", "prefiller", "uncached"), [(0, None, 10_000), (1, "d0", 9_999), (10_000, "d0", 0), (10_001, "d0", 0)]
+)
+def test_what_the_old_decoder_holds_is_what_it_need_not_compute(
+    cached: int, prefiller: str | None, uncached: int
+) -> None:
+    here = world()
+    lease = idle_lease(here)
+    here.drain("d0")
+    moved, _ = follow(here, lease, cached_tokens=Tokens(cached))
+    assert (moved.prefiller and moved.prefiller.engine_id) == prefiller
+    assert here.view(prefiller or "d1").backlog_tokens == uncached
 
 
 def test_a_busy_lease_is_told_too_and_a_parked_one_is_not() -> None:
@@ -424,12 +440,46 @@ class TestThreshold:
         slow = self.grant(preset=replace(DEFAULT, transfer_tokens_per_s=1_000))
         assert slow.append_threshold_tokens == 0
 
-    @pytest.mark.parametrize("preset", [PAPER, AFFINITY, replace(DEFAULT, move_appends=False)])
+    @pytest.mark.parametrize(
+        "preset", [PAPER, AFFINITY, replace(DEFAULT, move_appends=False), replace(PAPER, move_appends=True)]
+    )
     def test_presets_that_move_no_appends_ask_for_nothing(self, preset: PlacementSettings) -> None:
         assert self.grant(preset=preset).append_threshold_tokens == 0
 
     def test_a_prefiller_out_of_reach_counts_for_nothing(self) -> None:
         assert self.grant(transfer_group=TransferGroup("other")).append_threshold_tokens == 0
+
+    def threshold(self, decoder: str, *, cached: int = 0, **changes: Any) -> int:
+        """Of a lease of 2000 tokens beside 8 streams, no append being too small; so many tokens are at p0 already."""
+        here = World(fleet=[spec("d0"), spec("p0", Role.PREFILLER), spec("p1", Role.PREFILLER)])
+        here.observe(decoder, running=8)
+        here.fail("p1" if decoder == "d0" else "d0")
+        here.wait(3_000)
+        rules = replace(DEFAULT, local_below_tokens=Tokens(0))
+        return append_threshold_tokens(
+            replace(here.view(decoder), **changes),
+            here.broker.engines(),
+            context_tokens=2_000,
+            cached={EngineId("p0"): Tokens(cached)},
+            settings=BrokerSettings(placement=rules),
+            now_ms=Ms(3_000),
+        )
+
+    @pytest.mark.parametrize(("cached", "us"), [(0, 220_000), (1_000, 120_000), (2_000, 20_000), (3_000, 20_000)])
+    def test_a_preamble_there_saves_at_most_the_context(self, cached: int, us: int) -> None:
+        assert self.threshold("d0", cached=cached) == us // (340 - 105)
+
+    def test_all_its_leases_may_decode_at_once_and_this_one_too(self) -> None:
+        assert self.threshold("d0", running=0, leases=7) == 220_000 // (340 - 105)
+
+    def test_what_a_prefiller_hosts_stays_there(self) -> None:
+        assert self.threshold("p0") == 0
+
+    @pytest.mark.parametrize("fleet", [[spec("d0"), spec("d1")], [spec("d0", Role.BOTH)]])
+    def test_decoders_and_the_engine_itself_are_no_prefillers(self, fleet: list[EngineSpec]) -> None:
+        here = World(settings=BrokerSettings(), fleet=fleet)
+        here.observe("d0", running=8)
+        assert here.grant("c", 2_000, hint=EngineId("d0")).append_threshold_tokens == 0
 
     @pytest.mark.parametrize(("tokens", "moves"), [(2_000 + 936, False), (2_000 + 937, True)])
     def test_the_score_agrees_with_it(self, tokens: int, moves: bool) -> None:

@@ -20,6 +20,8 @@ from conserve_sdk.core import (
     Mode,
     Ms,
     PlacementSettings,
+    PrefillChoice,
+    RefusalReason,
     Role,
     Tokens,
     TransferGroup,
@@ -102,6 +104,20 @@ def test_a_hint_wins_within_the_slack_and_not_above() -> None:
 def test_a_hint_that_does_not_fit_is_ignored() -> None:
     views = [leased("d0", 0), leased("d1", 99_500)]
     assert decoder(views, hint=EngineId("d1"), preset=replace(PAPER, hint_slack_ppm=DEFAULT.kv_watermark_ppm)) == "d0"
+
+
+def test_what_the_reserve_leaves_is_never_below_nothing() -> None:
+    found = outcome([view("d0")], preset=replace(PAPER, reserve_tokens=Tokens(100_001)))
+    assert isinstance(found, NoPlacement)
+    assert (found.reason, found.hopeless) == (RefusalReason.PROMPT_TOO_LONG, True)
+    assert "the largest decoder of m takes 0:" in found.detail
+
+
+def test_a_refusal_names_what_is_against_each_engine() -> None:
+    found = outcome([view("d0", state=EngineState.DRAINING), view("p0", Role.PREFILLER)], preset=DEFAULT)
+    assert isinstance(found, NoPlacement)
+    assert (found.reason, found.hopeless) == (RefusalReason.NO_READY_ENGINE, False)
+    assert "(d0 draining, p0 prefilling)" in found.detail
 
 
 def test_a_failed_engine_is_left_out() -> None:
@@ -193,6 +209,11 @@ def test_the_score_is_what_the_policy_study_says() -> None:
     assert (found.receipt.prefill_rule, found.receipt.candidates[1].verdict) == ("score", "chosen")
 
 
+def test_without_a_weight_nobody_is_harmed() -> None:
+    preset = PlacementSettings(name="own", prefill_choice=PrefillChoice.SCORE)
+    assert placed(score_views(busy=4), preset=preset, tokens=2_000).receipt.candidates[0].score_us == 200_000
+
+
 def test_busy_leases_count_where_the_scrape_saw_less() -> None:
     found = placed(score_views(busy=4, running=1), preset=DEFAULT, tokens=2_000)
     assert found.receipt.candidates[0].score_us == 200_000 + 240_000
@@ -256,10 +277,32 @@ def test_a_receipt_lists_the_chosen_and_the_best_others_per_role() -> None:
     assert [candidate.verdict for candidate in hosts] == ["fits", "chosen", "over_watermark"]
 
 
+def test_a_receipt_shows_engines_that_fit_before_emptier_ones_that_do_not() -> None:
+    views = [*(leased(f"d{index}", 1_000 * index) for index in range(4)), view("d4", state=EngineState.DRAINING)]
+    assert [each.engine_id for each in placed(views).receipt.candidates] == ["d0", "d1", "d2", "d3"]
+
+
+def test_a_receipt_shows_the_chosen_prefiller_even_if_it_is_the_last() -> None:
+    views = [view(f"p{index}", Role.PREFILLER, backlog_tokens=Tokens(9 - index)) for index in range(6)]
+    shown = [each for each in placed([view("d0"), *views]).receipt.candidates if each.role == "prefiller"]
+    assert [(each.engine_id, each.verdict) for each in shown][2:] == [("p2", "fits"), ("p5", "chosen")]
+
+
+def test_where_no_score_was_computed_the_receipt_has_none() -> None:
+    found = placed([view("d0"), view("d1"), view("p0", Role.PREFILLER), view("p1", Role.PREFILLER)])
+    assert {(each.score_us, each.uncached_tokens) for each in found.receipt.candidates} == {(-1, -1)}
+
+
 def test_receipts_share_the_lines_that_say_the_same() -> None:
     views = [view("d0"), view("d1")]
     first, second = placed(views).receipt, placed(views).receipt
     assert first.candidates[1] is second.candidates[1]
+
+
+@pytest.mark.parametrize("scores", [(-1, 0, -1), (0, -1, 0)])
+def test_a_line_with_a_score_is_shared_with_none_without(scores: tuple[int, ...]) -> None:
+    seen = view("d0")
+    assert tuple(seen.as_candidate("decoder", "chosen", score, score).score_us for score in scores) == scores
 
 
 def test_presets_are_found_by_their_names() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass, replace
 
 import pytest
 
-from conserve_sdk.core import Lease, Ms
+from conserve_sdk import core
+from conserve_sdk.core import BrokerCounters, Finding, Lease, Ms, TurnFinished, WaitingRequest
 from conserve_sdk.core._quick import quick_init
 from tests.core.world import World
 
@@ -58,6 +59,17 @@ def test_a_changed_lease_is_a_replaced_one() -> None:
     assert changed == replace(LEASE, **changes)  # type: ignore[arg-type]
     assert LEASE.until(Ms(7)) == replace(LEASE, expires_at_ms=Ms(7))
     assert {each.name for each in fields(Lease)} == set(Lease.__slots__)
+
+
+def test_what_the_core_takes_and_gives_cannot_change_and_is_made_by_keyword() -> None:
+    exported = [getattr(core, name) for name in core.__all__]
+    values = [each for each in exported if is_dataclass(each) and each is not BrokerCounters]
+    assert {Lease, TurnFinished, WaitingRequest, Finding} <= set(values)
+    for each in values:
+        if isinstance(each, type):
+            assert each.__dataclass_params__.frozen, each  # type: ignore[attr-defined]
+            assert "__slots__" in vars(each), each
+            assert all(part.kw_only for part in fields(each)), each
 
 
 def test_a_constructor_that_does_more_is_left_alone() -> None:

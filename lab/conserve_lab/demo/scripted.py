@@ -7,7 +7,7 @@ task.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, AnyMessage
@@ -19,7 +19,6 @@ CALL_TOKENS_MAX = 320
 """Room for any call that the grammar allows: 40 characters of free text may be 6 tokens each (`\\uXXXX`)."""
 
 State = dict[str, Any]
-Node = Callable[[State, RunnableConfig], Awaitable[State]]
 
 
 def scripted_node(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 SYSTEM_PROMPT = (
@@ -65,11 +64,6 @@ def make_tasks(
         )
         for number, arrival in enumerate(arrivals)
     ]
-
-
-def offered_prompt_bytes(tasks: Sequence[Task]) -> int:
-    """Return the UTF-8 bytes of all first user messages together."""
-    return sum(len(task.prompt.encode()) for task in tasks)
 
 
 def _prompt(chance: random.Random, *, number: int, chars: int) -> str:

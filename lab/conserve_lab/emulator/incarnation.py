@@ -202,9 +202,7 @@ class Incarnation:
         self.metrics.finished[_finished_reason(run, stream)] += 1
         if run is not None and stream.held_blocks:
             run.held = True
-            self.ledger.record(
-                HeldPrompt(run.internal_id, run.generation.prompt, stream.held_blocks, stream.computed_tokens)
-            )
+            self.ledger.record(HeldPrompt(run.internal_id, run.generation.prompt, stream.held_blocks))
         if run is not None and stream is run.choices[0].stream and self.config.leased_holds:
             self._follow_order(run)
 

@@ -31,7 +31,6 @@ class HeldPrompt:
     request_id: str
     prompt: TokenIds
     block_ids: tuple[int, ...]
-    num_tokens: int
     state: HoldState = HoldState.HELD
     ended_at_us: int = 0
 

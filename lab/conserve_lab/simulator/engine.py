@@ -65,7 +65,6 @@ class Energy:
     """Work done, in nanojoules above idle."""
 
     work_nj: int = 0
-    busy_us: int = 0
     prefill_us: int = 0
 
 
@@ -269,7 +268,6 @@ class SimulatedEngine:
             self.energy.prefill_us += result.duration_us
 
     def _spend(self, duration_us: int, *, steps: int, context_tokens: int, prefill_tokens: int, pairs: int) -> None:
-        self.energy.busy_us += duration_us
         self.energy.work_nj += self.kind.power.step_nj(
             self.kind.cost,
             duration_us=duration_us,

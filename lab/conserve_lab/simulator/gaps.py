@@ -16,10 +16,6 @@ class Gaps:
         """Count one length."""
         self._counts[gap_us] += times
 
-    def merge(self, other: Gaps) -> None:
-        """Take in another multiset."""
-        self._counts.update(other._counts)
-
     def __len__(self) -> int:
         return self._counts.total()
 

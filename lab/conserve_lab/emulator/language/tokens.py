@@ -19,7 +19,6 @@ from typing import TypeAlias
 TokenIds: TypeAlias = "array[int]"
 """Token ids as an array of unsigned 32-bit integers."""
 
-TOKEN_ID_MAX = 0xFFFF_FFFF
 _PAD = b"\xff"
 _MARK_BASE = 0xFE00_0000
 _MARK_PATTERN = re.compile(rb"(.)\x00\x00\xfe", re.DOTALL)
