@@ -299,10 +299,12 @@ class EngineModel:
         for sequence in sorted(self._running, key=lambda item: (not item.decoding, item.order)):
             if sequence.state is not SequenceState.RUNNING or budget <= 0:
                 continue
-            tokens = self._chunk(sequence, budget)
+            tokens, planned = self._chunk(sequence, budget), len(plan)
             if self._make_room(sequence, tokens, plan):
+                if len(plan) < planned:  # who was preempted for it gives back what it had of the budget
+                    budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
                 plan.append(_Work(sequence, tokens, sequence.decoding))
-                budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
+                budget -= tokens
         return budget
 
     def _make_room(self, sequence: Sequence, tokens: int, plan: list[_Work]) -> bool:
@@ -399,7 +401,9 @@ class EngineModel:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Allocate the blocks that `tokens` more computed tokens need."""
         missing = self.config.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
-        taken = self._pool.allocate(max(0, missing))
+        if missing <= 0:  # of most decodes
+            return True
+        taken = self._pool.allocate(missing)
         if taken is None:
             return False
         sequence.blocks += taken
@@ -470,13 +474,16 @@ class EngineModel:
 
     def _publish(self, sequence: Sequence, *, full: int) -> None:
         """Offer newly filled blocks to the prefix cache."""
-        start, end = sequence.published, min(full, len(sequence.request.block_keys))
+        start = sequence.published
+        if full <= start:
+            return
+        end = min(full, len(sequence.request.block_keys))
         if start < end and self.config.enable_prefix_caching:
             keys = sequence.request.block_keys[start:end]
             self._pool.publish(sequence.blocks[start:end], keys)
             if self.config.host_blocks:
                 self._host.put(keys)
-        sequence.published = max(start, full)
+        sequence.published = full
 
     def check(self) -> None:
         """Assert the model's invariants: every block owned exactly as often as it is referenced.

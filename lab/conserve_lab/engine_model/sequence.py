@@ -81,9 +81,9 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens still to compute before the next one can be emitted."""
-        return self.known - self.computed
+        return self.request.prompt_tokens + self.emitted - self.computed  # `known` in place: asked for at every token
 
     @property
     def decoding(self) -> bool:
         """Whether the next step only has the last token to compute and the prompt is done."""
-        return self.emitted > 0 and self.pending == 1
+        return self.emitted > 0 and self.request.prompt_tokens + self.emitted - self.computed == 1
