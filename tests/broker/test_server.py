@@ -164,7 +164,7 @@ def test_not_ready_in_time_says_why(connect: Connect, fleet: EmulatedFleet) -> N
     with BrokerServer(config_of(fleet, engine=dead, placement={"preset": "affinity"})) as server:
         with pytest.raises(TimeoutError, match=r"0 of 1 engines are ready \(no engine is ready"):
             server.wait_until_ready(timeout_s=0.05)
-        until(lambda: "Connect call failed" in connect(server.url).fleet().engines[0].detail)
+        until(lambda: "Errno 111" in connect(server.url).fleet().engines[0].detail)
 
 
 def test_stopping_answers_who_waits(connect: Connect, fleet: EmulatedFleet) -> None:

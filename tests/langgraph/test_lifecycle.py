@@ -342,7 +342,7 @@ def test_parking_after_close_leaves_no_connection(stack: LocalStack, turns: Turn
         config = _config()
         ConServeChat(model=stack.model, conserve=conserve).invoke(QUESTION["messages"], config)
     assert conserve.park(config["configurable"]["thread_id"]) == 1
-    assert conserve._runtime.broker._client is None
+    assert conserve._runtime.broker._network is None
 
 
 def test_a_conversation_that_a_block_names_is_parked_under_that_name(
