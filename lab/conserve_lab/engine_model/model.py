@@ -300,9 +300,10 @@ class EngineModel:
             if sequence.state is not SequenceState.RUNNING or budget <= 0:
                 continue
             tokens, planned = self._chunk(sequence, budget), len(plan)
-            if self._make_room(sequence, tokens, plan):
-                if len(plan) < planned:  # who was preempted for it gives back what it had of the budget
-                    budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
+            has_room = self._make_room(sequence, tokens, plan)
+            if len(plan) < planned:  # who was preempted for it gives back what it had of the budget
+                budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
+            if has_room:
                 plan.append(_Work(sequence, tokens, sequence.decoding))
                 budget -= tokens
         return budget
