@@ -223,22 +223,26 @@ class Reporter:
 
     def _run(self) -> None:
         while True:
-            batches = self._begin_round()
-            wake_at_ms = self._pump_safely()
+            wake_at_ms = self._look()
             with self._changed:
-                if self._batches > batches:
-                    self._tick_at_ms = self._clock() + self._window_ms
                 if not self._wait(wake_at_ms) or self._closed:
                     self._thread = None
                     return
 
-    def _begin_round(self) -> int:
+    def _look(self) -> int | None:
+        """`pump`, and all that is queued if this is the regular look; returns when to look again."""
         with self._changed:
             self._noticed = False
             if self._tick_at_ms is not None and self._clock() >= self._tick_at_ms:
                 self._tick_at_ms = None
                 self._urgent = self._urgent or bool(self._queue)
-            return self._batches
+            batches = self._batches
+        wake_at_ms = self._pump_safely()
+        with self._changed:
+            if self._batches > batches:
+                self._tick_at_ms = self._clock() + self._window_ms
+            wakes = [at for at in (wake_at_ms, self._tick_at_ms) if at is not None]
+            return min(wakes, default=None)
 
     def _pump_safely(self) -> int | None:
         now_ms = self._clock()
@@ -250,8 +254,6 @@ class Reporter:
 
     def _wait(self, wake_at_ms: int | None) -> bool:
         """Sleep until there is something to do; False when there has been nothing for long. The lock is held."""
-        if self._tick_at_ms is not None:
-            wake_at_ms = self._tick_at_ms if wake_at_ms is None else min(wake_at_ms, self._tick_at_ms)
         if wake_at_ms is None:
             return self._changed.wait_for(lambda: self._noticed or self._closed, timeout=IDLE_EXIT_S)
         pause_s = (wake_at_ms - self._clock()) / 1000

@@ -17,8 +17,8 @@ _LIMITS = httpx2.Limits(max_connections=1, keepalive_expiry=5.0)
 class EngineConnections(httpx2.AsyncBaseTransport):
     """A transport for one engine; its pool is its own, since a pool looks at all its connections for each request.
 
-    In the clear it goes over the SDK's plain HTTP/1.1, which halves what a poll costs; TLS is httpx2's. Proxies of the
-    environment have no business between broker and engines.
+    In the clear it goes over the SDK's plain HTTP/1.1, with which a poll costs a third less; TLS is httpx2's. Proxies
+    of the environment have no business between broker and engines.
 
     Args:
         tls_context: makes, or returns again, what TLS needs; called when the first https URL is asked.

@@ -103,8 +103,6 @@ class _Connection:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._timeout_s = connected.gettimeout()
-        self._watch = select.poll()
-        self._watch.register(connected, select.POLLIN)
         self.answer = AnswerReader()
 
     @classmethod
@@ -149,7 +147,11 @@ class _Connection:
 
     def is_quiet(self) -> bool:
         """Whether the peer has said nothing since its last answer, not even goodbye."""
-        return not self._watch.poll(0)
+        if not hasattr(select, "poll"):  # Windows, where `select` takes sockets of any number
+            return not select.select([self._socket], [], [], 0)[0]
+        watch = select.poll()
+        watch.register(self._socket, select.POLLIN)
+        return not watch.poll(0)
 
     def close(self) -> None:
         # Not shut down: a forked child that lets go of its parent's sockets must not end them.

@@ -111,6 +111,32 @@ class TestReports:
         assert bench.pump(1) is None
         assert bench.broker.calls == [("/v1/reports", 2)]
 
+    def test_a_row_of_reports_wakes_the_thread_once(self, bench: Bench) -> None:
+        reporter = bench.reporter
+        reporter.submit(started())
+        assert reporter._noticed
+        bench.clock.advance(1_000)
+        assert reporter._look() == bench.clock.now_ms() + 1_000  # a batch went: the next look is regular
+        bench.clock.advance(900)
+        reporter.submit(started())
+        assert not reporter._noticed
+        bench.clock.advance(100)
+        reporter._look()  # what is queued goes with it, young as it is
+        assert bench.broker.calls == [("/v1/reports", 1), ("/v1/reports", 1)]
+        bench.clock.advance(1_000)
+        assert reporter._look() is None  # nothing came: no more regular looks
+        reporter.submit(started())
+        assert reporter._noticed
+
+    def test_a_failed_engine_does_not_wait_for_the_regular_look(self, bench: Bench) -> None:
+        bench.reporter.submit(started())
+        bench.clock.advance(1_000)
+        bench.reporter._look()
+        bench.reporter.submit(failure())
+        assert bench.reporter._noticed
+        bench.reporter._look()
+        assert bench.broker.calls == [("/v1/reports", 1), ("/v1/reports", 1)]
+
     def test_a_full_batch_goes_at_once_and_the_rest_with_it(self) -> None:
         bench = Bench(batch_max=3)
         for number in range(7):
