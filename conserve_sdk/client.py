@@ -14,6 +14,7 @@ import httpx2
 import openai
 
 from conserve_sdk._drive import adrive, drive
+from conserve_sdk._openai_clients import AsyncOpenAI, OpenAI
 from conserve_sdk._turn import park_flow, release_all_flow, release_flow
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.identity import wire_id
@@ -96,11 +97,11 @@ class ConServe:
         Args:
             options: for `openai.OpenAI`; `api_key` is the engines' own, if they want one.
         """
-        return openai.OpenAI(**self._openai_options(options), http_client=self.http_client())
+        return OpenAI(**self._openai_options(options), http_client=self.http_client())
 
     def async_openai_client(self, **options: Any) -> openai.AsyncOpenAI:
         """The async twin of `openai_client`."""
-        return openai.AsyncOpenAI(**self._openai_options(options), http_client=self.async_http_client())
+        return AsyncOpenAI(**self._openai_options(options), http_client=self.async_http_client())
 
     # ---- conversations ----------------------------------------------------------------------------------------
 

@@ -122,6 +122,8 @@ PUBLIC: dict[str, list[str]] = {
         "Waiting",
         "WaitingRequest",
     ],
+    "conserve_sdk.completions": ["AsyncPlainChat", "AsyncPlainCompletions", "PlainChat", "PlainCompletions"],
+    "conserve_sdk.responses": ["AsyncPlainResponses", "PlainResponses"],
     "conserve_sdk.telemetry": [
         "ConversationStats",
         "Follower",

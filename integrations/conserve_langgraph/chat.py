@@ -20,6 +20,7 @@ from conserve_langgraph._state import messages_of_state
 from conserve_langgraph._wiring import clients_of
 from conserve_langgraph.callbacks import note_turn
 from conserve_sdk import BASE_URL, ConfigError, ConServe, connect
+from conserve_sdk.completions import AsyncPlainChat, PlainChat
 from conserve_sdk.identity import HEADER_CONVERSATION, current_conversation, wire_id
 
 _WIRING = frozenset({"http_client", "http_async_client", "base_url", "openai_api_base"})
@@ -103,6 +104,18 @@ class ConServeChat(BaseChatOpenAI):
             "http_async_client": clients.nonblocking,
         }
         return defaults | values | wiring
+
+    @model_validator(mode="after")
+    def _send_plainly(self) -> Self:
+        # Into the clients that `ChatOpenAI` has just made, not into any that it was given.
+        root, nonblocking = self.root_client, self.root_async_client
+        if root is not None and self.client is root.chat.completions:
+            root.chat = PlainChat(root)
+            self.client = root.chat.completions
+        if nonblocking is not None and self.async_client is nonblocking.chat.completions:
+            nonblocking.chat = AsyncPlainChat(nonblocking)
+            self.async_client = nonblocking.chat.completions
+        return self
 
     @property
     def _llm_type(self) -> str:

@@ -23,7 +23,9 @@ def test_all_figures_are_there(tmp_path, capsys) -> None:
     assert found["extra_connections"] == 0
     assert found["engine_requests_per_turn"] == pytest.approx(4 / 3, abs=0.001)  # two follow-ups, one prefill
     assert found["peer"] == {"skipped": "not asked for"}
-    assert found["async"].keys() >= KEYS | {"goals", "bare", "spread", "peer"}
+    assert found["transport_only"].keys() >= KEYS | {"spread"}
+    assert found["transport_only"]["extra_connections"] == 0
+    assert found["async"].keys() >= KEYS | {"goals", "bare", "spread", "peer", "transport_only"}
     assert found["async"]["engine_requests_per_turn"] == pytest.approx(4 / 3, abs=0.001)
     assert len(found["load"]["load_average_after"]) == 3
     assert "conserve_sdk" in capsys.readouterr().out

@@ -9,11 +9,13 @@ from typing import Literal
 import pytest
 from langchain_core.messages import AIMessageChunk
 from langchain_core.prompts import ChatPromptTemplate
+from openai.resources.chat import AsyncCompletions, Completions
 from pydantic import BaseModel, ValidationError
 
 from conserve_lab.stack import LocalStack
 from conserve_langgraph import ChatConServe, ConServeChat
 from conserve_sdk import ConServe
+from conserve_sdk.completions import AsyncPlainCompletions, PlainCompletions
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.telemetry import TurnCollector
 
@@ -75,6 +77,29 @@ def test_deep_copy_shares_the_connection(llm: ConServeChat) -> None:
     assert copied is not llm
     assert copied.conserve is llm.conserve
     assert copied.invoke("Hello").text
+
+
+def test_messages_are_sent_without_openais_walk_through_them(llm: ConServeChat) -> None:
+    for model in (llm, copy.deepcopy(llm), pickle.loads(pickle.dumps(ConServeChat(model="m", broker_url="http://b")))):
+        assert model.client is model.root_client.chat.completions
+        assert isinstance(model.client, PlainCompletions)
+        assert model.async_client is model.root_async_client.chat.completions
+        assert isinstance(model.async_client, AsyncPlainCompletions)
+
+
+def test_clients_that_were_given_are_used_as_they_are(conserve: ConServe) -> None:
+    given, nonblocking = conserve.openai_client(), conserve.async_openai_client()
+    own = Completions(given)
+    model = ConServeChat(
+        model="m",
+        conserve=conserve,
+        client=own,
+        root_client=given,
+        async_client=AsyncCompletions(nonblocking),
+        root_async_client=nonblocking,
+    )
+    assert model.client is own
+    assert type(model.async_client) is AsyncCompletions
 
 
 def test_own_http_clients_are_refused_with_the_remedy(conserve: ConServe) -> None:

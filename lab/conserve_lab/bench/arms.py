@@ -1,4 +1,4 @@
-"""The clients that are compared: openai's own, openai's through the SDK, and openai's through a router."""
+"""The clients that are compared: openai's, the SDK's, openai's over the SDK's transport, openai's through a router."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import openai
 
-from conserve_sdk import ConServe, conversation
+from conserve_sdk import BASE_URL, ConServe, conversation
 
-__all__ = ["Arm", "async_arm", "bare_arm", "connections_made", "router_arm", "sdk_arm"]
+__all__ = ["Arm", "async_arm", "bare_arm", "connections_made", "router_arm", "sdk_arm", "transport_arm"]
 
 Call = Callable[..., Any]
 
@@ -33,7 +33,7 @@ class Arm:
         settle: ends what the arm still does in the background, so that it costs the arm and not the next one.
         leave: ends a conversation, after it was measured: engines full of finished ones would take no new one.
         other_cpu_s: CPU seconds of processes that serve this arm alone.
-        in_background: whether it is the one that has threads of its own in this process.
+        in_background: whether threads of this process work for it; arms of which that is true do the same work.
     """
 
     name: str
@@ -54,9 +54,19 @@ def bare_arm(decoder_url: str) -> Arm:
 
 
 def sdk_arm(conserve: ConServe) -> Arm:
-    """The same client with its completions by lease."""
+    """The SDK's client."""
+    return _by_lease(_blocking("conserve_sdk", conserve.openai_client(max_retries=0)), conserve)
+
+
+def transport_arm(conserve: ConServe) -> Arm:
+    """A client of openai itself over the SDK's transport: leases, and nothing else of ours."""
+    client = openai.OpenAI(**_straight(""), http_client=conserve.http_client())
+    return _by_lease(_blocking("transport", client), conserve)
+
+
+def _by_lease(arm: Arm, conserve: ConServe) -> Arm:
     return replace(
-        _blocking("conserve_sdk", conserve.openai_client(max_retries=0)),
+        arm,
         inside=conversation,
         settle=conserve.flush,
         leave=conserve.release,
@@ -69,7 +79,14 @@ def router_arm(url: str, *, cpu_s: Callable[[], float]) -> Arm:
     return replace(_blocking("vllm-router", openai.OpenAI(**_straight(url))), options=_named, other_cpu_s=cpu_s)
 
 
-def async_arm(arm: Arm, loop: asyncio.AbstractEventLoop, *, url: str = "", conserve: ConServe | None = None) -> Arm:
+def async_arm(
+    arm: Arm,
+    loop: asyncio.AbstractEventLoop,
+    *,
+    url: str = "",
+    conserve: ConServe | None = None,
+    transport: ConServe | None = None,
+) -> Arm:
     """The async twin of an arm.
 
     Args:
@@ -77,8 +94,13 @@ def async_arm(arm: Arm, loop: asyncio.AbstractEventLoop, *, url: str = "", conse
         loop: each call runs in it until it is answered.
         url: of a decoder or a router, where the arm is not the SDK's.
         conserve: of the SDK's arm.
+        transport: of the arm that has its transport alone.
     """
-    made = conserve.async_openai_client(max_retries=0) if conserve else openai.AsyncOpenAI(**_straight(url))
+    if conserve:
+        made = conserve.async_openai_client(max_retries=0)
+    else:
+        http = transport.async_http_client() if transport else None
+        made = openai.AsyncOpenAI(**_straight(url), http_client=http)
 
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return loop.run_until_complete(loop.create_task(coroutine))
@@ -97,7 +119,7 @@ def async_arm(arm: Arm, loop: asyncio.AbstractEventLoop, *, url: str = "", conse
 
 
 def _straight(url: str) -> dict[str, Any]:
-    return {"base_url": f"{url}/v1", "api_key": "EMPTY", "max_retries": 0}
+    return {"base_url": f"{url}/v1" if url else BASE_URL, "api_key": "EMPTY", "max_retries": 0}
 
 
 def _named(name: str) -> dict[str, Any]:

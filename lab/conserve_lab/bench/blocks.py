@@ -73,10 +73,11 @@ def play(arms: Sequence[Arm], load: Load, *, number: int) -> list[Block]:
             talk.settle()
         background_ns += _background_ns()
         foreign = sum(thread != threading.get_ident() for _, thread in made)
+    sharing = sum(talk.arm.in_background for talk in talks)
     for talk in talks:
         talk.end()
-        if talk.arm.in_background:
-            talk.block.background_us += background_ns / 1_000
+        if talk.arm.in_background:  # threads cannot tell whom they report for; each has reported the same turns
+            talk.block.background_us += background_ns / 1_000 / sharing
             talk.block.connections += foreign
     return [talk.block for talk in talks]
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conserve_lab.bench.arms import Arm, async_arm, bare_arm, router_arm, sdk_arm
+from conserve_lab.bench.arms import Arm, async_arm, bare_arm, router_arm, sdk_arm, transport_arm
 from conserve_lab.bench.blocks import Block, Load, median_difference, play, spread_of, stream
 from conserve_lab.bench.router import NoRouter, router_binary, running_router
 from conserve_lab.bench.stack_process import StackProcess
@@ -79,20 +79,21 @@ def run_sdk_bench(
         engines = stack.enter_context(StackProcess(answer_tokens=(load or Load(model="", turns=0)).chunks))
         given = load or Load(model=engines.at.model, turns=turns)
         conserve = stack.enter_context(ConServe(engines.at.broker_url))
-        arms = [bare_arm(engines.at.decoder), sdk_arm(conserve)]
+        arms = [bare_arm(engines.at.decoder), sdk_arm(conserve), transport_arm(conserve)]
         loop = asyncio.new_event_loop()
         stack.callback(loop.close)
         stack.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
         twins = [
             async_arm(arms[0], loop, url=engines.at.decoder),
             async_arm(arms[1], loop, conserve=conserve),
+            async_arm(arms[2], loop, transport=conserve),
         ]
         skipped = "" if peer else "not asked for"
         if peer:
             try:
                 router = stack.enter_context(running_router(router_binary(cache), engines.at))
                 arms.append(router_arm(router.url, cpu_s=router.cpu_s))
-                twins.append(async_arm(arms[2], loop, url=router.url))
+                twins.append(async_arm(arms[3], loop, url=router.url))
             except NoRouter as reason:
                 skipped = str(reason)
                 console.print(f"vllm-router skipped: {reason}", style="yellow")
@@ -155,7 +156,7 @@ def _init_ms(conserve: ConServe) -> dict[str, float | int]:
 
 
 def _figures(runs: list[_Run], load: Load, *, skipped: str) -> Figures:
-    bare, sdk, *others = runs
+    bare, sdk, transport, *others = runs
     figures = _compared(sdk, bare, load)
     figures["goals"] = GOALS
     figures["bare"] = {
@@ -163,6 +164,7 @@ def _figures(runs: list[_Run], load: Load, *, skipped: str) -> Figures:
         "cpu_us_per_turn": spread_of([each for block in bare.blocks for each in block.cpu_us], digits=0),
         "chunks_per_s": spread_of(bare.rates, digits=0),
     }
+    figures["transport_only"] = _compared(transport, bare, load)
     figures["peer"] = {"name": "vllm-router", **_compared(others[0], bare, load)} if others else {"skipped": skipped}
     return figures
 
@@ -204,16 +206,16 @@ def _load(load: Load, before: tuple[float, float, float]) -> Figures:
 
 def _table(found: Figures, *, title: str, init_ms: Figures | None = None) -> Table:
     table = Table(title=f"{title}: added to a bare openai one, medians [quartiles of the blocks]")
-    peer = found["peer"]
-    for column in ("", "conserve_sdk", "goal", "vllm-router"):
+    peer, transport = found["peer"], found["transport_only"]
+    for column in ("", "conserve_sdk", "goal", "transport only", "vllm-router"):
         table.add_column(column, justify="left" if not column else "right")
     for key in ("added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "extra_connections"):
         goal = f"{'>=' if key == 'streaming_rate_ratio' else '<='} {found['goals'][key]}"
-        table.add_row(key, _cell(found, key), goal, _cell(peer, key))
+        table.add_row(key, _cell(found, key), goal, _cell(transport, key), _cell(peer, key))
     for key in ("background_cpu_us_per_turn", "added_first_turn_ms", "engine_requests_per_turn"):
-        table.add_row(key, _cell(found, key), "", _cell(peer, key))
+        table.add_row(key, _cell(found, key), "", _cell(transport, key), _cell(peer, key))
     if init_ms is not None:
-        table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "")
+        table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "", "")
     return table
 
 
