@@ -178,7 +178,7 @@ def _compared(run: _Run, bare: _Run, load: Load) -> Figures:
     return {
         "added_p50_ms": round(statistics.median(added_ms), 3),
         "added_cpu_us_per_turn": round(statistics.median(added_us), 1),
-        "streaming_rate_ratio": round(statistics.median(run.rates) / statistics.median(bare.rates), 3),
+        "streaming_rate_ratio": round(statistics.median(ratios), 3),
         "background_cpu_us_per_turn": round(statistics.median(block.background_us_per_turn for block in run.blocks), 1),
         "extra_connections": run.connections - bare.connections,
         "added_first_turn_ms": round(median_difference(*firsts), 3),
