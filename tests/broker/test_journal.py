@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conserve_broker._journal_file import JournalFile
 from conserve_broker.journal import (
@@ -190,6 +193,41 @@ class TestGroups:
         again = Journal.open(path)
         assert again.load().leases == (lease(0), lease(1))
         again.close()
+
+
+engine_ids = st.sampled_from(["d0", "d 1", "dé-\U0001f600", 'q"uote', "back\\slash", "", "null", "\x1f"])
+changes = st.one_of(
+    st.builds(stored, st.integers(0, 4), turns=st.integers(0, 9)),
+    st.builds(dropped, st.integers(0, 4)),
+    st.builds(DrainFlag, engine_ids, st.booleans()),
+    st.builds(EngineRow, engine_ids, st.none() | st.sampled_from(["{}", '{"a": "\\u0000é"}', "é"])),
+)
+
+
+@settings(max_examples=40)
+@given(groups=st.lists(st.lists(changes, max_size=6), max_size=6))
+def test_file_and_memory_agree_on_any_groups(groups: list[list[Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        journal, memory = Journal.open(Path(folder) / "leases.db"), MemoryJournal()
+        for group in groups:
+            write(journal, *group)
+            memory.submit(group)
+        journal.close()
+        again = Journal.open(Path(folder) / "leases.db")
+        assert again.load() == memory.load()
+        again.close()
+
+
+def test_a_group_of_one_kind_is_one_statement(path: Path) -> None:
+    """Each step of each statement would wait for the event loop to give up the interpreter's lock."""
+    file = JournalFile(path)
+    seen: list[str] = []
+    file._db.set_trace_callback(seen.append)
+    file.write({f"l-{number}": "{}" for number in range(100)}, {}, {})
+    assert len(seen) == 1
+    file.write({"l-1": None, "l-2": "{}"}, {"d0": True, "d1": False}, {"d0": "{}", "d1": None})
+    assert [line.split()[0] for line in seen[1:]] == ["BEGIN", *["INSERT", "DELETE"] * 3, "COMMIT"]
+    file.close()
 
 
 class TestFailure:
