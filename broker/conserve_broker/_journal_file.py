@@ -9,7 +9,6 @@ process, the system or the power. `locking_mode=EXCLUSIVE` keeps a second broker
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,14 +35,6 @@ PRAGMA user_version = {SCHEMA_VERSION};
     2: f"PRAGMA user_version = {SCHEMA_VERSION}",  # rows of one line, which are still read
 }
 """What turns an older format into this one, by its version; older brokers then refuse the file."""
-_STORE_LEASES = "INSERT OR REPLACE INTO lease SELECT key, value FROM json_each(?)"
-_DROP_LEASES = "DELETE FROM lease WHERE lease_id IN (SELECT value FROM json_each(?))"
-_STORE_ENGINES = "INSERT OR REPLACE INTO engine SELECT key, value FROM json_each(?)"
-_DROP_ENGINES = "DELETE FROM engine WHERE engine_id IN (SELECT value FROM json_each(?))"
-_SET_DRAINS = "INSERT OR IGNORE INTO drain SELECT value FROM json_each(?)"
-_CLEAR_DRAINS = "DELETE FROM drain WHERE engine_id IN (SELECT value FROM json_each(?))"
-# One statement for all rows: each step of each statement gives up the interpreter's lock and must get it back from the
-# event loop, which may take it 5 ms (`sys.getswitchinterval`).
 _MOVE_AWAY = "move it away to start with an empty one"
 _PROOF_BYTES = 64 * 1024
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT})
@@ -208,18 +199,14 @@ class JournalFile:
         Raises:
             JournalError: nothing of it was written.
         """
-        wanted = [
-            (_STORE_LEASES, {name: row for name, row in leases.items() if row is not None}),
-            (_DROP_LEASES, [name for name, row in leases.items() if row is None]),
-            (_STORE_ENGINES, {name: row for name, row in engines.items() if row is not None}),
-            (_DROP_ENGINES, [name for name, row in engines.items() if row is None]),
-            (_SET_DRAINS, [name for name, on in drains.items() if on]),
-            (_CLEAR_DRAINS, [name for name, on in drains.items() if not on]),
-        ]
-        statements = [(statement, json.dumps(rows)) for statement, rows in wanted if rows]
-        with self._transaction(needed=len(statements) != 1):  # one statement is a transaction by itself
-            for statement, rows in statements:
-                self._db.execute(statement, (rows,))
+        executemany = self._db.executemany
+        with self._transaction():
+            executemany("INSERT OR REPLACE INTO lease VALUES (?, ?)", _stored(leases))
+            executemany("DELETE FROM lease WHERE lease_id = ?", _dropped(leases))
+            executemany("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines))
+            executemany("DELETE FROM engine WHERE engine_id = ?", _dropped(engines))
+            executemany("INSERT OR IGNORE INTO drain VALUES (?)", [(engine,) for engine, on in drains.items() if on])
+            executemany("DELETE FROM drain WHERE engine_id = ?", [(engine,) for engine, on in drains.items() if not on])
 
     def prove(self) -> None:
         """Write a block and take it away again.
@@ -233,14 +220,12 @@ class JournalFile:
             self._db.execute("DELETE FROM proof")
 
     @contextlib.contextmanager
-    def _transaction(self, *, needed: bool = True) -> Iterator[None]:
+    def _transaction(self) -> Iterator[None]:
         execute = self._db.execute
         try:
-            if needed:
-                execute("BEGIN IMMEDIATE")
+            execute("BEGIN IMMEDIATE")
             yield
-            if needed:
-                execute("COMMIT")
+            execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 with contextlib.suppress(sqlite3.Error):  # the first error is the one to report
@@ -250,3 +235,11 @@ class JournalFile:
     def close(self) -> None:
         """Give the file back; the WAL is folded into it."""
         self._db.close()
+
+
+def _stored(rows: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    return [(name, row) for name, row in rows.items() if row is not None]
+
+
+def _dropped(rows: Mapping[str, str | None]) -> list[tuple[str]]:
+    return [(name,) for name, row in rows.items() if row is None]

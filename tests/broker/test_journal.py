@@ -218,18 +218,6 @@ def test_file_and_memory_agree_on_any_groups(groups: list[list[Any]]) -> None:
         again.close()
 
 
-def test_a_group_of_one_kind_is_one_statement(path: Path) -> None:
-    """Each step of each statement would wait for the event loop to give up the interpreter's lock."""
-    file = JournalFile(path)
-    seen: list[str] = []
-    file._db.set_trace_callback(seen.append)
-    file.write({f"l-{number}": "{}" for number in range(100)}, {}, {})
-    assert len(seen) == 1
-    file.write({"l-1": None, "l-2": "{}"}, {"d0": True, "d1": False}, {"d0": "{}", "d1": None})
-    assert [line.split()[0] for line in seen[1:]] == ["BEGIN", *["INSERT", "DELETE"] * 3, "COMMIT"]
-    file.close()
-
-
 class TestFailure:
     def test_a_full_disk_is_told_and_made_good_for(self, path: Path) -> None:
         journal = Journal.open(path)
