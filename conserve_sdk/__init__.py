@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conserve_sdk._lean import make_lean
     from conserve_sdk._recent import last_turn
     from conserve_sdk._turn import Timeouts
     from conserve_sdk.client import BASE_URL, ConServe, async_openai_client, connect, openai_client
@@ -87,11 +88,13 @@ __all__ = [
     "conversation",
     "current_conversation",
     "last_turn",
+    "make_lean",
     "openai_client",
     "wire_id",
 ]
 
 _HOMES = {  # loaded when first used: the broker and the core must not wait for openai's import
+    "conserve_sdk._lean": ("make_lean",),
     "conserve_sdk._recent": ("last_turn",),
     "conserve_sdk._turn": ("Timeouts",),
     "conserve_sdk.client": (

@@ -14,7 +14,7 @@ import httpx2
 import openai
 
 from conserve_sdk._drive import adrive, drive
-from conserve_sdk._openai_clients import AsyncOpenAI, OpenAI
+from conserve_sdk._lean import AsyncOpenAI, OpenAI
 from conserve_sdk._turn import park_flow, release_all_flow, release_flow
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.identity import wire_id

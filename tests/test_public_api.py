@@ -43,6 +43,7 @@ PUBLIC: dict[str, list[str]] = {
         "conversation",
         "current_conversation",
         "last_turn",
+        "make_lean",
         "openai_client",
         "wire_id",
     ],
@@ -122,8 +123,6 @@ PUBLIC: dict[str, list[str]] = {
         "Waiting",
         "WaitingRequest",
     ],
-    "conserve_sdk.completions": ["AsyncPlainChat", "AsyncPlainCompletions", "PlainChat", "PlainCompletions"],
-    "conserve_sdk.responses": ["AsyncPlainResponses", "PlainResponses"],
     "conserve_sdk.telemetry": [
         "ConversationStats",
         "Follower",

@@ -19,8 +19,7 @@ from conserve_langgraph._identity import conversation_of
 from conserve_langgraph._state import messages_of_state
 from conserve_langgraph._wiring import clients_of
 from conserve_langgraph.callbacks import note_turn
-from conserve_sdk import BASE_URL, ConfigError, ConServe, connect
-from conserve_sdk.completions import AsyncPlainChat, PlainChat
+from conserve_sdk import BASE_URL, ConfigError, ConServe, connect, make_lean
 from conserve_sdk.identity import HEADER_CONVERSATION, current_conversation, wire_id
 
 _WIRING = frozenset({"http_client", "http_async_client", "base_url", "openai_api_base"})
@@ -106,15 +105,13 @@ class ConServeChat(BaseChatOpenAI):
         return defaults | values | wiring
 
     @model_validator(mode="after")
-    def _send_plainly(self) -> Self:
-        # Into the clients that `ChatOpenAI` has just made, not into any that it was given.
+    def _make_lean(self) -> Self:
+        # The clients that `ChatOpenAI` has just made, not any that it was given.
         root, nonblocking = self.root_client, self.root_async_client
         if root is not None and self.client is root.chat.completions:
-            root.chat = PlainChat(root)
-            self.client = root.chat.completions
+            self.client = make_lean(root).chat.completions
         if nonblocking is not None and self.async_client is nonblocking.chat.completions:
-            nonblocking.chat = AsyncPlainChat(nonblocking)
-            self.async_client = nonblocking.chat.completions
+            self.async_client = make_lean(nonblocking).chat.completions
         return self
 
     @property

@@ -6,6 +6,7 @@ import gc
 import pickle
 from typing import Literal
 
+import openai
 import pytest
 from langchain_core.messages import AIMessageChunk
 from langchain_core.prompts import ChatPromptTemplate
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from conserve_lab.stack import LocalStack
 from conserve_langgraph import ChatConServe, ConServeChat
 from conserve_sdk import ConServe
-from conserve_sdk.completions import AsyncPlainCompletions, PlainCompletions
+from conserve_sdk._lean import AsyncOpenAI, OpenAI
 from conserve_sdk.errors import ConfigError
 from conserve_sdk.telemetry import TurnCollector
 
@@ -79,16 +80,16 @@ def test_deep_copy_shares_the_connection(llm: ConServeChat) -> None:
     assert copied.invoke("Hello").text
 
 
-def test_messages_are_sent_without_openais_walk_through_them(llm: ConServeChat) -> None:
+def test_its_clients_are_lean(llm: ConServeChat) -> None:
     for model in (llm, copy.deepcopy(llm), pickle.loads(pickle.dumps(ConServeChat(model="m", broker_url="http://b")))):
         assert model.client is model.root_client.chat.completions
-        assert isinstance(model.client, PlainCompletions)
+        assert isinstance(model.root_client, OpenAI)
         assert model.async_client is model.root_async_client.chat.completions
-        assert isinstance(model.async_client, AsyncPlainCompletions)
+        assert isinstance(model.root_async_client, AsyncOpenAI)
 
 
 def test_clients_that_were_given_are_used_as_they_are(conserve: ConServe) -> None:
-    given, nonblocking = conserve.openai_client(), conserve.async_openai_client()
+    given, nonblocking = openai.OpenAI(api_key="k"), openai.AsyncOpenAI(api_key="k")
     own = Completions(given)
     model = ConServeChat(
         model="m",
@@ -99,6 +100,7 @@ def test_clients_that_were_given_are_used_as_they_are(conserve: ConServe) -> Non
         root_async_client=nonblocking,
     )
     assert model.client is own
+    assert type(model.root_client) is openai.OpenAI
     assert type(model.async_client) is AsyncCompletions
 
 

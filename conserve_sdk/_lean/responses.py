@@ -1,4 +1,4 @@
-"""openai's Responses API, without its walk through input that is JSON already: see `conserve_sdk.completions`."""
+"""openai's Responses API; plain input and tools are sent as they are."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 from openai.resources.responses import AsyncResponses, Responses
 
-from conserve_sdk._plain import moved
+from conserve_sdk._lean.plain import moved
 
-__all__ = ["AsyncPlainResponses", "PlainResponses"]
+__all__ = ["AsyncLeanResponses", "LeanResponses"]
 
 
-class PlainResponses(Responses):
-    """`client.responses`; parameters, answers and errors are openai's."""
+class LeanResponses(Responses):
+    """Parameters, answers and errors are openai's."""
 
     def create(self, **params: Any) -> Any:
         """See `openai.resources.responses.Responses.create`."""
         return super().create(**moved(params, Responses.create, "input", "tools"))
 
 
-class AsyncPlainResponses(AsyncResponses):
-    """The async twin of `PlainResponses`."""
+class AsyncLeanResponses(AsyncResponses):
+    """The async twin of `LeanResponses`."""
 
     async def create(self, **params: Any) -> Any:
         """See `openai.resources.responses.AsyncResponses.create`."""

@@ -22,9 +22,9 @@ from openai.types.chat import ChatCompletionMessage, completion_create_params
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
-from conserve_sdk._openai_clients import AsyncOpenAI, OpenAI
-from conserve_sdk._plain import moved
-from conserve_sdk.completions import AsyncPlainCompletions, PlainCompletions
+from conserve_sdk._lean import AsyncOpenAI, OpenAI
+from conserve_sdk._lean.chat import AsyncLeanCompletions, LeanCompletions
+from conserve_sdk._lean.plain import moved
 
 ANSWER = {
     "id": "a",
@@ -245,7 +245,7 @@ def test_a_proxy_in_the_place_of_openais_method_is_not_taken_for_it() -> None:
     class Proxy:
         """As `wrapt` makes them: what is asked of it, the function answers."""
 
-        __class__ = type(openais)
+        __class__: Any = type(openais)
         __globals__ = openais.__globals__
 
     params = {"messages": [{"role": "user", "content": "a"}]}
@@ -288,6 +288,6 @@ def test_openai_renames_and_reformats_nothing_in_messages(params: Any, field: st
 
 def test_both_colours_have_the_same_ways() -> None:
     ways = [
-        {name for name in vars(kind) if not name.startswith("_")} for kind in (PlainCompletions, AsyncPlainCompletions)
+        {name for name in vars(kind) if not name.startswith("_")} for kind in (LeanCompletions, AsyncLeanCompletions)
     ]
     assert ways[0] == ways[1] == {"create", "parse"}
