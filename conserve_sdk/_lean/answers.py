@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
 
 __all__ = ["read"]
-
-_READ = frozenset({"ChatCompletion", "ChatCompletionChunk"})
 
 
 def read(data: object, cast_to: object) -> Any | None:
@@ -22,9 +21,7 @@ def read(data: object, cast_to: object) -> Any | None:
         data: the parsed JSON of the answer.
         cast_to: the class that openai was asked for.
     """
-    if type(data) is not dict or type(cast_to) is not type(BaseModel) or cast_to.__name__ not in _READ:
-        return None
-    if not cast_to.__module__.startswith("openai.types.chat."):
+    if cast_to is not ChatCompletionChunk and cast_to is not ChatCompletion:
         return None
     try:
         return cast_to.model_validate(data, strict=True)

@@ -10,7 +10,7 @@ import pytest
 from conserve_lab.bench import router
 from conserve_lab.cli import bench_main
 
-KEYS = {"added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "extra_connections"}
+KEYS = {"added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "cpu_us_per_chunk", "extra_connections"}
 
 
 def test_all_figures_are_there(tmp_path, capsys) -> None:
@@ -21,6 +21,7 @@ def test_all_figures_are_there(tmp_path, capsys) -> None:
     assert found.keys() >= KEYS | {"goals", "bare", "load", "client_init_ms", "spread"}
     assert found["spread"]["added_cpu_us_per_turn"]["n"] == 2
     assert found["extra_connections"] == 0
+    assert found["bare"]["cpu_us_per_chunk"]["n"] == 2
     assert found["engine_requests_per_turn"] == pytest.approx(4 / 3, abs=0.001)  # two follow-ups, one prefill
     assert found["peer"] == {"skipped": "not asked for"}
     assert found["transport_only"].keys() >= KEYS | {"spread"}

@@ -137,19 +137,23 @@ def _turn(arm: Arm, load: Load, name: str, messages: list[Any]) -> float:
     return took_ms
 
 
-def stream(arm: Arm, load: Load, *, number: int) -> float:
-    """One streamed answer of `load.chunks` tokens in a conversation that has had its first turn; chunks per second."""
+def stream(arm: Arm, load: Load, *, number: int) -> tuple[float, float]:
+    """One streamed answer of `load.chunks` tokens in a conversation that has had its first turn.
+
+    Returns:
+        Chunks per second, and microseconds of the reading thread's CPU per chunk.
+    """
     name = f"{arm.name.replace(' ', '-')}-stream"
     messages: list[Any] = [{"role": "user", "content": _prompt("stream", load)}]
     with arm.inside(name):
         if not number:
             _turn(arm, load, name, messages)
-        started_s = time.perf_counter()
+        started_s, cpu_ns = time.perf_counter(), time.thread_time_ns()
         answer = arm.create(
             model=load.model, messages=messages[:1], max_tokens=load.chunks, stream=True, **arm.options(name)
         )
         chunks = arm.count(answer)
-        return chunks / (time.perf_counter() - started_s)
+        return chunks / (time.perf_counter() - started_s), (time.thread_time_ns() - cpu_ns) / 1_000 / chunks
 
 
 def median_difference(ours: Sequence[float], reference: Sequence[float]) -> float:

@@ -40,6 +40,7 @@ class _Run:
     arm: Arm
     blocks: list[Block] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    chunk_us: list[float] = field(default_factory=list)
     connections: int = 0
     requests: int = 0
 
@@ -135,7 +136,9 @@ def _measure(
         task = progress.add_task("streamed answers", total=streams * len(runs))
         for number in range(streams):
             for run in _in_turn(runs, number):
-                run.rates.append(stream(run.arm, load, number=number))
+                rate, chunk_us = stream(run.arm, load, number=number)
+                run.rates.append(rate)
+                run.chunk_us.append(chunk_us)
                 progress.advance(task)
 
 
@@ -163,6 +166,7 @@ def _figures(runs: list[_Run], load: Load, *, skipped: str) -> Figures:
         "follow_up_ms": spread_of([each for block in bare.blocks for each in block.follow_up_ms]),
         "cpu_us_per_turn": spread_of([each for block in bare.blocks for each in block.cpu_us], digits=0),
         "chunks_per_s": spread_of(bare.rates, digits=0),
+        "cpu_us_per_chunk": spread_of(bare.chunk_us, digits=1),
     }
     figures["transport_only"] = _compared(transport, bare, load)
     figures["peer"] = {"name": "vllm-router", **_compared(others[0], bare, load)} if others else {"skipped": skipped}
@@ -180,6 +184,7 @@ def _compared(run: _Run, bare: _Run, load: Load) -> Figures:
         "added_cpu_us_per_turn": round(statistics.median(added_us), 1),
         "streaming_rate_ratio": round(statistics.median(ratios), 3),
         "background_cpu_us_per_turn": round(statistics.median(block.background_us_per_turn for block in run.blocks), 1),
+        "cpu_us_per_chunk": round(statistics.median(run.chunk_us), 1),
         "extra_connections": run.connections - bare.connections,
         "added_first_turn_ms": round(median_difference(*firsts), 3),
         "engine_requests_per_turn": round(run.requests / (load.turns + 1), 3),
@@ -187,6 +192,7 @@ def _compared(run: _Run, bare: _Run, load: Load) -> Figures:
             "added_p50_ms": spread_of(added_ms),
             "added_cpu_us_per_turn": spread_of(added_us, digits=0),
             "streaming_rate_ratio": spread_of(ratios),
+            "cpu_us_per_chunk": spread_of(run.chunk_us, digits=1),
         },
     }
 
@@ -212,8 +218,10 @@ def _table(found: Figures, *, title: str, init_ms: Figures | None = None) -> Tab
     for key in ("added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "extra_connections"):
         goal = f"{'>=' if key == 'streaming_rate_ratio' else '<='} {found['goals'][key]}"
         table.add_row(key, _cell(found, key), goal, _cell(transport, key), _cell(peer, key))
-    for key in ("background_cpu_us_per_turn", "added_first_turn_ms", "engine_requests_per_turn"):
-        table.add_row(key, _cell(found, key), "", _cell(transport, key), _cell(peer, key))
+    bare = found["bare"]["cpu_us_per_chunk"]["p50"]
+    for key in ("cpu_us_per_chunk", "background_cpu_us_per_turn", "added_first_turn_ms", "engine_requests_per_turn"):
+        goal = f"(bare: {bare})" if key == "cpu_us_per_chunk" else ""
+        table.add_row(key, _cell(found, key), goal, _cell(transport, key), _cell(peer, key))
     if init_ms is not None:
         table.add_row("client_init_ms", str(init_ms["p50"]), "<= 5", "", "")
     return table
