@@ -22,6 +22,9 @@ from openai.types.chat import ChatCompletionMessage, completion_create_params
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
+from conserve_openai_agents import ConServeModel
+from conserve_pydantic_ai import ConServeProvider
+from conserve_sdk import ConServe
 from conserve_sdk._lean import AsyncOpenAI, OpenAI
 from conserve_sdk._lean.chat import AsyncLeanCompletions, LeanCompletions
 from conserve_sdk._lean.plain import moved
@@ -163,6 +166,14 @@ def test_every_way_to_ask_sends_the_same(kind: Any, reference: Any) -> None:
     ):
         ours, openais = both(kind, reference, make)
         assert ours == openais
+
+
+def test_every_client_of_the_sdk_is_one() -> None:
+    with ConServe("http://127.0.0.1:9") as conserve:
+        assert type(conserve.openai_client()) is OpenAI
+        assert type(conserve.async_openai_client()) is AsyncOpenAI
+        assert type(ConServeModel("m", conserve=conserve)._client) is AsyncOpenAI
+        assert type(ConServeProvider(conserve=conserve).client) is AsyncOpenAI
 
 
 @PAIRS
