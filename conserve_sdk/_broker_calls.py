@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx2
 import pydantic
 
-from conserve_sdk.core.events import RefusalReason
+from conserve_sdk.core.vocabulary import RefusalReason
 from conserve_sdk.errors import (
     AccessDenied,
     BrokerError,

@@ -155,7 +155,7 @@ class LeaseRefused(BrokerError):
     """The broker cannot admit the conversation now.
 
     Attributes:
-        reason: stable code of the refusal (`conserve_sdk.core.events.RefusalReason`).
+        reason: stable code of the refusal (`conserve_sdk.core.RefusalReason`).
         retry_after_ms: when trying again may help; 0: it will not help.
     """
 

@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_serializer, field_validator
 
-from conserve_sdk.core.events import EngineSpec, Role
+from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import PRESETS, PlacementSettings, PrefillerHosts, TenantQuota
 from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Ppm, TenantId, Tokens, TransferGroup
+from conserve_sdk.core.vocabulary import Role
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 TokenCount = Annotated[int, Field(ge=0, le=1_000_000_000)]

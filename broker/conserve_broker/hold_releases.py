@@ -20,9 +20,11 @@ from conserve_broker._engine_http import PLAIN, Door, EngineTrouble, release_hol
 from conserve_broker.logbook import Log, logger
 from conserve_broker.service import Observer
 from conserve_sdk._desk import Outcome
-from conserve_sdk.core.events import DropReason, Granted, LeaseAnswered, LeaseDropped, LeaseParked, TurnFinished
+from conserve_sdk.core.decisions import Granted, LeaseAnswered, LeaseDropped
+from conserve_sdk.core.events import LeaseParked, TurnFinished
 from conserve_sdk.core.lease import Activity, Lease
 from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms
+from conserve_sdk.core.vocabulary import DropReason
 from conserve_sdk.tokens import TokenSigner, claims_of
 
 __all__ = ["OUTCOMES", "HoldReleases"]

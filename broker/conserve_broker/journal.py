@@ -20,7 +20,7 @@ from typing import Protocol, Self
 from conserve_broker._journal_file import JournalError, JournalFile, RowStore
 from conserve_broker._lease_codec import decode, encode
 from conserve_sdk.core import Broker
-from conserve_sdk.core.events import LeaseDropped, LeaseStored
+from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.units import EngineId, LeaseId
 

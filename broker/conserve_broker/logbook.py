@@ -16,19 +16,11 @@ from typing import cast
 import structlog
 
 from conserve_sdk._desk import Outcome
-from conserve_sdk.core.events import (
-    DropReason,
-    EngineState,
-    EngineStateChanged,
-    Granted,
-    LeaseDropped,
-    LeaseRequested,
-    Refused,
-    SupersedeRequested,
-    Waiting,
-)
+from conserve_sdk.core.decisions import EngineStateChanged, Granted, LeaseDropped, Refused, Waiting
+from conserve_sdk.core.events import LeaseRequested, SupersedeRequested
 from conserve_sdk.core.lease import LeaseKey
 from conserve_sdk.core.units import RequestId
+from conserve_sdk.core.vocabulary import DropReason, EngineState
 
 __all__ = ["FIELDS_OF_RECORD", "LOGGER_NAME", "JsonFormatter", "Log", "Logbook", "logger", "trace_id"]
 

@@ -22,12 +22,11 @@ from conserve_sdk.core.events import (
     EngineRemoved,
     EngineRestarted,
     EngineSpec,
-    EngineState,
     EngineUnreachable,
     Event,
-    Role,
 )
 from conserve_sdk.core.units import EngineId, Incarnation, Ms
+from conserve_sdk.core.vocabulary import EngineState, Role
 
 __all__ = ["FILE", "Membership"]
 

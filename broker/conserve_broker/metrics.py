@@ -15,8 +15,9 @@ from conserve_broker.hold_releases import OUTCOMES as RELEASE_OUTCOMES
 from conserve_broker.service import Observer
 from conserve_sdk._desk import Outcome
 from conserve_sdk.core import MILLION, Broker, BrokerCounters, EngineView
-from conserve_sdk.core.events import EngineState, Granted
+from conserve_sdk.core.decisions import Granted
 from conserve_sdk.core.units import Ms
+from conserve_sdk.core.vocabulary import EngineState
 
 __all__ = ["METRICS_MEDIA_TYPE", "ROLES", "BrokerMetrics"]
 

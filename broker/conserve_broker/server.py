@@ -16,7 +16,7 @@ from conserve_broker.journal import JournalPort, open_journal
 from conserve_broker.logbook import Log, logger
 from conserve_broker.settings import BrokerConfig, ConfigProblem
 from conserve_broker.tracing import Tracing
-from conserve_sdk.core.events import EngineState
+from conserve_sdk.core.vocabulary import EngineState
 from conserve_sdk.tokens import TokenSigner
 
 if TYPE_CHECKING:

@@ -22,21 +22,21 @@ from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort
 from conserve_broker.logbook import Log, Logbook, logger
 from conserve_sdk._desk import Call, Desk, Outcome, Reply, Route
 from conserve_sdk.core import Broker
+from conserve_sdk.core.decisions import LeaseStored
 from conserve_sdk.core.events import (
     EngineConfigured,
     EngineDrained,
     EngineRemoved,
     EngineSpec,
-    EngineState,
     Event,
     LeaseReleased,
-    LeaseStored,
     Recovered,
     RequestCancelled,
     TimerFired,
 )
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import LeaseId, Ms, RequestId, TenantId
+from conserve_sdk.core.vocabulary import EngineState
 from conserve_sdk.protocol import LeaseGrant, Problem
 from conserve_sdk.tokens import TokenSigner
 

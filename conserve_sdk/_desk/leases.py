@@ -7,15 +7,8 @@ from conserve_sdk._desk.problems import bad_request, bad_token, lease_superseded
 from conserve_sdk._desk.visit import Visit
 from conserve_sdk._desk.wire import explanation, lease_grant
 from conserve_sdk._desk.words import in_words
-from conserve_sdk.core.events import (
-    LeaseAnswered,
-    LeaseParked,
-    LeaseReleased,
-    LeaseRequested,
-    LeaseVerdict,
-    SupersedeCause,
-    SupersedeRequested,
-)
+from conserve_sdk.core.decisions import LeaseAnswered
+from conserve_sdk.core.events import LeaseParked, LeaseReleased, LeaseRequested, SupersedeRequested
 from conserve_sdk.core.lease import LeaseKey
 from conserve_sdk.core.units import (
     ConversationId,
@@ -28,6 +21,7 @@ from conserve_sdk.core.units import (
     RequestId,
     Tokens,
 )
+from conserve_sdk.core.vocabulary import LeaseVerdict, SupersedeCause
 from conserve_sdk.protocol import LeaseRequest, LeaseStatus, SupersedeRequest, TokenBody
 from conserve_sdk.tokens import LeaseClaims
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from conserve_sdk.core.events import Decision, Event, LeaseDropped, LeaseStored
+from conserve_sdk.core.decisions import Decision, LeaseDropped, LeaseStored
+from conserve_sdk.core.events import Event
 from conserve_sdk.core.units import Ms, RequestId, TenantId
 from conserve_sdk.protocol import LEASE_HEADER, LEASE_SCHEME, PROBLEM_MEDIA_TYPE, Problem
 

@@ -6,8 +6,9 @@ from pydantic import ValidationError
 
 from conserve_sdk._desk.outcome import Reply
 from conserve_sdk._desk.wire import decision_info
-from conserve_sdk.core.events import RefusalReason, Refused
+from conserve_sdk.core.decisions import Refused
 from conserve_sdk.core.units import EngineId, LeaseId
+from conserve_sdk.core.vocabulary import RefusalReason
 from conserve_sdk.protocol import Problem
 
 _REFUSED = {

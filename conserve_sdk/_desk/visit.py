@@ -8,23 +8,20 @@ from conserve_sdk._desk.outcome import Call, Outcome, Reply
 from conserve_sdk._desk.problems import bad_token, lease_unknown, refused
 from conserve_sdk._desk.wire import lease_grant
 from conserve_sdk.core import Broker
+from conserve_sdk.core.decisions import Decision, Granted, LeaseAnswered, Refused
 from conserve_sdk.core.events import (
-    Decision,
     Event,
-    Granted,
-    LeaseAnswered,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
-    LeaseVerdict,
-    Refused,
     TurnFinished,
     TurnStarted,
 )
 from conserve_sdk.core.lease import Activity, Lease, LeaseKey
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import LeaseId, Ms, RequestId, Tokens
+from conserve_sdk.core.vocabulary import LeaseVerdict
 from conserve_sdk.tokens import LeaseClaims, TokenError, TokenExpired, TokenSigner, claims_of
 
 READOPTED_RULE = "readopted"

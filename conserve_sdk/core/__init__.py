@@ -6,10 +6,17 @@ class runs in the service, in `conserve_sdk.testing` and in the simulator.
 
 from conserve_sdk.core.advice import Advice, Finding
 from conserve_sdk.core.broker import Broker
-from conserve_sdk.core.events import (
+from conserve_sdk.core.decisions import (
     Decision,
-    Directive,
-    DropReason,
+    EngineStateChanged,
+    Granted,
+    LeaseAnswered,
+    LeaseDropped,
+    LeaseStored,
+    Refused,
+    Waiting,
+)
+from conserve_sdk.core.events import (
     EngineConfigured,
     EngineDrained,
     EngineFailureReported,
@@ -17,33 +24,20 @@ from conserve_sdk.core.events import (
     EngineRemoved,
     EngineRestarted,
     EngineSpec,
-    EngineState,
-    EngineStateChanged,
     EngineUnreachable,
     Event,
-    Granted,
     JournalFollowed,
-    LeaseAnswered,
-    LeaseDropped,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
     LeaseRequested,
-    LeaseStored,
-    LeaseVerdict,
-    MoveReason,
     Recovered,
-    RefusalReason,
-    Refused,
     RequestCancelled,
-    Role,
-    SupersedeCause,
     SupersedeRequested,
     TimerFired,
     TurnFinished,
     TurnStarted,
-    Waiting,
 )
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
@@ -76,6 +70,16 @@ from conserve_sdk.core.units import (
     TransferGroup,
 )
 from conserve_sdk.core.views import BrokerCounters, EngineView, WaitingRequest
+from conserve_sdk.core.vocabulary import (
+    Directive,
+    DropReason,
+    EngineState,
+    LeaseVerdict,
+    MoveReason,
+    RefusalReason,
+    Role,
+    SupersedeCause,
+)
 
 __all__ = [
     "AFFINITY",

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from conserve_sdk.core._state import State
+from conserve_sdk.core.decisions import EngineStateChanged
 from conserve_sdk.core.events import (
-    DropReason,
     EngineConfigured,
     EngineDrained,
     EngineFailureReported,
     EngineObserved,
     EngineRemoved,
     EngineRestarted,
-    EngineState,
-    EngineStateChanged,
     EngineUnreachable,
 )
 from conserve_sdk.core.units import EngineId, Incarnation
+from conserve_sdk.core.vocabulary import DropReason, EngineState
 
 
 def configure(state: State, event: EngineConfigured) -> None:

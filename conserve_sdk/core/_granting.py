@@ -10,23 +10,14 @@ from __future__ import annotations
 from conserve_sdk.core._moving import append, re_lease
 from conserve_sdk.core._state import State
 from conserve_sdk.core.admission import Pending, Replacing
-from conserve_sdk.core.events import (
-    DropReason,
-    Granted,
-    LeaseRequested,
-    RefusalReason,
-    Refused,
-    RequestCancelled,
-    Role,
-    SupersedeCause,
-    SupersedeRequested,
-    Waiting,
-)
+from conserve_sdk.core.decisions import Granted, Refused, Waiting
+from conserve_sdk.core.events import LeaseRequested, RequestCancelled, SupersedeRequested
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, Mode, binding_of
 from conserve_sdk.core.placement import NoPlacement, Placement, Wanted, place, refusal_receipt
 from conserve_sdk.core.prefill import append_threshold_tokens
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, LeaseId, Ms, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import DropReason, RefusalReason, Role, SupersedeCause
 
 
 def request_lease(state: State, event: LeaseRequested) -> None:

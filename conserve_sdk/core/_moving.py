@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from conserve_sdk.core._state import State
 from conserve_sdk.core.admission import Pending
-from conserve_sdk.core.events import EngineState, MoveReason, Role
 from conserve_sdk.core.hosting import Host, gap_exceeds, host_of, hosts_of, judge, lowest_load
 from conserve_sdk.core.lease import Activity, Lease
 from conserve_sdk.core.placement import Placement
@@ -24,6 +23,7 @@ from conserve_sdk.core.prefill import PrefillPlan, plan_prefill
 from conserve_sdk.core.receipts import receipt_of
 from conserve_sdk.core.units import EngineId, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import EngineState, MoveReason, Role
 
 
 @dataclass(slots=True)

@@ -5,23 +5,20 @@ from __future__ import annotations
 from conserve_sdk.core._granting import answer_waiting
 from conserve_sdk.core._moving import directive
 from conserve_sdk.core._state import State
+from conserve_sdk.core.decisions import LeaseAnswered, LeaseDropped
 from conserve_sdk.core.events import (
-    DropReason,
-    EngineState,
     JournalFollowed,
-    LeaseAnswered,
-    LeaseDropped,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
-    LeaseVerdict,
     Recovered,
     TurnFinished,
     TurnStarted,
 )
 from conserve_sdk.core.lease import Activity, Lease, Mode
 from conserve_sdk.core.units import FOREVER_MS, LeaseId, Ms, Tokens
+from conserve_sdk.core.vocabulary import DropReason, EngineState, LeaseVerdict
 
 
 def renew(state: State, event: LeaseRenewed) -> None:

@@ -7,18 +7,8 @@ journal can never disagree.
 from __future__ import annotations
 
 from conserve_sdk.core.admission import AdmissionQueue
+from conserve_sdk.core.decisions import Decision, EngineStateChanged, LeaseAnswered, LeaseDropped, LeaseStored
 from conserve_sdk.core.estimates import TokensPerByte
-from conserve_sdk.core.events import (
-    Decision,
-    Directive,
-    DropReason,
-    EngineStateChanged,
-    LeaseAnswered,
-    LeaseDropped,
-    LeaseStored,
-    LeaseVerdict,
-    MoveReason,
-)
 from conserve_sdk.core.figures import Figures
 from conserve_sdk.core.fleet import Fleet
 from conserve_sdk.core.idleness import Idleness
@@ -29,6 +19,7 @@ from conserve_sdk.core.prefixes import SharedPrefixes
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, LeaseId, Ms, Tokens
 from conserve_sdk.core.views import BrokerCounters
+from conserve_sdk.core.vocabulary import Directive, DropReason, LeaseVerdict, MoveReason
 
 _VERDICTS = {
     DropReason.RELEASED: LeaseVerdict.UNKNOWN,

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conserve_sdk.core.events import EngineState, Role
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.settings import AFFINITY, DEFAULT, PlacementSettings
 from conserve_sdk.core.units import MILLION, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import EngineState, Role
 
 GRANTS_MIN = 32
 """Fewer grants say too little about waits and first turns."""

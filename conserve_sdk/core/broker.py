@@ -10,7 +10,8 @@ from typing import Any
 from conserve_sdk.core import _engines, _granting, _reporting, events
 from conserve_sdk.core._state import State
 from conserve_sdk.core.advice import Advice, advise
-from conserve_sdk.core.events import Decision, Event
+from conserve_sdk.core.decisions import Decision
+from conserve_sdk.core.events import Event
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.lease import Activity, Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings

@@ -1,17 +1,14 @@
-"""What goes into `Broker.apply` and what comes out of it.
+"""What goes into `Broker.apply`.
 
-Events carry everything that is not the core's to make: the instant (``now_ms``), new ids, observations. Decisions
-tell the shell what to answer and what to write; the shell adds HTTP, signatures, a journal and a clock, no rules.
+Events carry everything that is not the core's to make: the instant (``now_ms``), new ids, observations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from conserve_sdk.core._quick import quick_init
 from conserve_sdk.core.lease import Lease, LeaseKey
-from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import (
     EngineId,
     Incarnation,
@@ -23,91 +20,7 @@ from conserve_sdk.core.units import (
     Tokens,
     TransferGroup,
 )
-
-
-class Role(StrEnum):
-    """What an engine may be used for."""
-
-    PREFILLER = "prefiller"
-    DECODER = "decoder"
-    BOTH = "both"
-
-
-class EngineState(StrEnum):
-    """How the broker sees an engine. Only `READY` engines get new leases."""
-
-    UNKNOWN = "unknown"
-    """Configured, never observed."""
-    READY = "ready"
-    DRAINING = "draining"
-    SUSPECT = "suspect"
-    """Scrapes fail, but not for long enough to call it gone."""
-    GONE = "gone"
-    MISFIT = "misfit"
-    """Answers, but serves another model or block size than its configuration or transfer group."""
-
-
-class RefusalReason(StrEnum):
-    """Stable codes of a refused grant."""
-
-    NO_CAPACITY = "no_capacity"
-    NO_READY_ENGINE = "no_ready_engine"
-    UNKNOWN_MODEL = "unknown_model"
-    PROMPT_TOO_LONG = "prompt_too_long"
-    QUEUE_FULL = "queue_full"
-    OVER_QUOTA = "over_quota"
-    TOO_MANY_LEASES = "too_many_leases"
-
-
-class LeaseVerdict(StrEnum):
-    """What became of a renewal, report, park or release."""
-
-    OK = "ok"
-    UNKNOWN = "unknown"
-    """No live lease of that id (never granted here, released, or expired: no resurrection)."""
-    SUPERSEDED = "superseded"
-    ENGINE_LOST = "engine_lost"
-    """The lease's decoder restarted or is gone: the KV cache is lost, ask for a new lease."""
-
-
-class SupersedeCause(StrEnum):
-    """Why a holder asks for another lease."""
-
-    FAILURE = "failure"
-    """The decoder could not answer."""
-    RE_LEASE = "re_lease"
-    """The broker's directive is being followed."""
-    APPEND = "append"
-    """The next turn brings more new tokens than `append_threshold_tokens`."""
-
-
-class Directive(StrEnum):
-    """What a holder is told to do before its next turn."""
-
-    NONE = "none"
-    RE_LEASE = "re_lease"
-
-
-class MoveReason(StrEnum):
-    """Why a lease should move to another decoder."""
-
-    DRAINING = "draining"
-    LOAD = "load"
-
-
-class DropReason(StrEnum):
-    """Why a lease left the table."""
-
-    RELEASED = "released"
-    EXPIRED = "expired"
-    SUPERSEDED = "superseded"
-    ENGINE_RESTARTED = "engine_restarted"
-    ENGINE_GONE = "engine_gone"
-    """The decoder stopped answering for `gone_after_ms`."""
-    ENGINE_REMOVED = "engine_removed"
-
-
-# ---- events -------------------------------------------------------------------------------------------------
+from conserve_sdk.core.vocabulary import Role, SupersedeCause
 
 
 @quick_init
@@ -433,85 +346,3 @@ Event = (
     | Recovered
     | TimerFired
 )
-
-# ---- decisions ----------------------------------------------------------------------------------------------
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Granted:
-    """Answer to a `LeaseRequested` or `SupersedeRequested`. `reused`: the lease was already live."""
-
-    request_id: RequestId
-    lease: Lease
-    reused: bool
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """Answer to a request that cannot be admitted now. `retry_after_ms` 0: trying again will not help."""
-
-    request_id: RequestId
-    reason: RefusalReason
-    detail: str
-    retry_after_ms: Ms
-    receipt: Receipt
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """The request is queued; `Granted` or `Refused` with its id follows from a later event."""
-
-    request_id: RequestId
-    position: int
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseAnswered:
-    """Answer to a renewal, report, park, release or re-adoption. `lease` is None unless the verdict is OK.
-
-    `successor` names the live lease of the same key when the verdict is `SUPERSEDED`. `directive` stands until a later
-    answer says `NONE`.
-    """
-
-    lease_id: LeaseId
-    verdict: LeaseVerdict
-    lease: Lease | None = None
-    successor: LeaseId | None = None
-    directive: Directive = Directive.NONE
-    move_reason: MoveReason | None = None
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseStored:
-    """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them)."""
-
-    lease: Lease
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseDropped:
-    """The shell must delete this row."""
-
-    lease: Lease
-    reason: DropReason
-
-
-@quick_init
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStateChanged:
-    """For logs, metrics and the journal of drain flags."""
-
-    engine_id: EngineId
-    before: EngineState
-    after: EngineState
-    incarnation: Incarnation | None
-    detail: str
-
-
-Decision = Granted | Refused | Waiting | LeaseAnswered | LeaseStored | LeaseDropped | EngineStateChanged

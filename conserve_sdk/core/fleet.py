@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from conserve_sdk.core.backlog import Backlog
+from conserve_sdk.core.decisions import EngineStateChanged
 from conserve_sdk.core.estimates import SAMPLE_MIN_TOKENS, averaged_rate, averaged_share_ppm
 from conserve_sdk.core.events import (
     EngineFailureReported,
     EngineObserved,
     EngineRestarted,
     EngineSpec,
-    EngineState,
-    EngineStateChanged,
     EngineUnreachable,
 )
 from conserve_sdk.core.lease import Lease
@@ -38,6 +37,7 @@ from conserve_sdk.core.occupancy import Occupancy
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import EngineState
 
 
 @dataclass(slots=True)

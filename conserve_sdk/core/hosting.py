@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from conserve_sdk.core.events import EngineState, Role
 from conserve_sdk.core.settings import BrokerSettings, PlacementSettings, PrefillerHosts
 from conserve_sdk.core.units import MILLION, EngineId, Ms
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import EngineState, Role
 
 
 @dataclass(slots=True)

@@ -12,9 +12,9 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from conserve_sdk.core.events import DropReason
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, TenantId
+from conserve_sdk.core.vocabulary import DropReason
 
 
 class LeaseTable:

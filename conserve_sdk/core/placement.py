@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from conserve_sdk.core.events import RefusalReason
 from conserve_sdk.core.hosting import Host, gap_exceeds, hosts_of, judge, lowest_load
 from conserve_sdk.core.prefill import plan_prefill
 from conserve_sdk.core.receipt import Receipt
@@ -20,6 +19,7 @@ from conserve_sdk.core.receipts import receipt_of
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import RefusalReason
 
 LOST_SHARE_MAX_PPM = Ppm(500_000)
 """A hinted engine that lost the KV of at least this share of recent follow-up turns is a hint no longer."""

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from conserve_sdk.core.events import EngineState, Role
 from conserve_sdk.core.settings import BrokerSettings, PlacementSettings, PrefillChoice
 from conserve_sdk.core.units import MILLION, EngineId, Ms, Tokens
 from conserve_sdk.core.views import EngineView
+from conserve_sdk.core.vocabulary import EngineState, Role
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conserve_sdk.core._quick import quick_init
-from conserve_sdk.core.events import EngineSpec, EngineState, MoveReason, RefusalReason, SupersedeCause
+from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.lease import LeaseKey
 from conserve_sdk.core.receipt import CandidateView
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, Ms, Ppm, RequestId, Tokens
+from conserve_sdk.core.vocabulary import EngineState, MoveReason, RefusalReason, SupersedeCause
 
 
 @quick_init

@@ -14,18 +14,12 @@ import httpx2
 
 from conserve_sdk._desk import Call, Desk, Outcome, ProblemRaised, Reply, find_route, lease_token_in, query_as_body
 from conserve_sdk.core import Broker
-from conserve_sdk.core.events import (
-    EngineSpec,
-    Event,
-    LeaseStored,
-    Recovered,
-    RequestCancelled,
-    Role,
-    TimerFired,
-)
+from conserve_sdk.core.decisions import LeaseStored
+from conserve_sdk.core.events import EngineSpec, Event, Recovered, RequestCancelled, TimerFired
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, LeaseId, ModelName, Ms, RequestId, Tokens, TransferGroup
+from conserve_sdk.core.vocabulary import Role
 from conserve_sdk.protocol import Problem
 from conserve_sdk.testing._clock import FakeClock
 from conserve_sdk.testing._engines import ImaginedFleet

@@ -31,7 +31,7 @@ from conserve_broker.redis_store import LeaderRows, RedisStore
 from conserve_broker.settings import StoreTable
 from conserve_lab.emulator import EmulatedFleet, default_fleet
 from conserve_lab.ports import free_ports
-from conserve_sdk.core.events import LeaseStored
+from conserve_sdk.core.decisions import LeaseStored
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import (

@@ -7,9 +7,10 @@ import sys
 from dataclasses import replace
 
 from conserve_broker.journal import Journal
-from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
+from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import Receipt
+from conserve_sdk.core.vocabulary import DropReason
 
 LEASE = Lease(
     lease_id="l-1",

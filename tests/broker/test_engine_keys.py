@@ -16,8 +16,9 @@ from conserve_broker._dial import AddressForbiddenError, AddressGuard
 from conserve_broker._engine_http import Door
 from conserve_broker.scrape import Scraper
 from conserve_broker.settings import BrokerConfig, ConfigProblem, ScrapeTable, load_config
-from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable, Role
+from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.units import EngineId, ModelName
+from conserve_sdk.core.vocabulary import Role
 
 from .conftest import VLLM_PAGE
 

@@ -17,10 +17,12 @@ from conserve_broker.settings import BrokerConfig
 from conserve_lab.emulator import EmulatedFleet, default_fleet
 from conserve_sdk import ConServe, conversation
 from conserve_sdk._desk import Outcome
-from conserve_sdk.core.events import DropReason, Granted, LeaseDropped, TimerFired, TurnFinished
+from conserve_sdk.core.decisions import Granted, LeaseDropped
+from conserve_sdk.core.events import TimerFired, TurnFinished
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, RequestId, Tokens
+from conserve_sdk.core.vocabulary import DropReason
 from conserve_sdk.tokens import SigningKey, TokenSigner
 from conserve_vllm import GuardSettings, LeaseGuard
 from conserve_vllm.identity import LEASED_MODULE

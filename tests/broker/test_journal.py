@@ -27,8 +27,9 @@ from conserve_broker.journal import (
     Recovery,
     open_journal,
 )
-from conserve_sdk.core.events import DropReason, LeaseDropped, LeaseStored
+from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
+from conserve_sdk.core.vocabulary import DropReason
 
 from .journal_writer import LEASE
 

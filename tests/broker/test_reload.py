@@ -11,7 +11,8 @@ import pytest
 from conserve_broker.api_keys import new_key
 from conserve_broker.reload import ConfigWatcher, FleetEvent, fleet_changes
 from conserve_broker.settings import BrokerConfig, load_config
-from conserve_sdk.core.events import EngineConfigured, EngineRemoved, EngineSpec, Role
+from conserve_sdk.core.events import EngineConfigured, EngineRemoved, EngineSpec
+from conserve_sdk.core.vocabulary import Role
 
 BUDGET_S = 30.0
 

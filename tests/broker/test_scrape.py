@@ -13,7 +13,8 @@ import pytest
 from conserve_broker import _engine_http
 from conserve_broker.scrape import Scraper
 from conserve_broker.settings import ScrapeTable
-from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable, Role
+from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
+from conserve_sdk.core.vocabulary import Role
 
 FAST = ScrapeTable(interval_ms=50, timeout_ms=20_000)
 BUDGET_S = 30.0

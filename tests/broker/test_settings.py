@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from conserve_broker.settings import BrokerConfig, ConfigProblem, EngineTable, load_config
-from conserve_sdk.core.events import Role
 from conserve_sdk.core.settings import AFFINITY, DEFAULT, PAPER, BrokerSettings
+from conserve_sdk.core.vocabulary import Role
 
 SECRET = "s3cret-" * 6
 

@@ -7,7 +7,7 @@ import pytest
 
 from conserve_sdk._desk.words import _DECODER, _HERE, _THERE, _VERDICTS, in_words, span
 from conserve_sdk.core import PAPER, BrokerSettings
-from conserve_sdk.core.events import EngineState
+from conserve_sdk.core.vocabulary import EngineState
 from conserve_sdk.protocol import LeaseExplanation
 from conserve_sdk.testing import FakeClock, InMemoryBroker
 

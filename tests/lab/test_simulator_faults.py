@@ -19,10 +19,12 @@ from conserve_lab.simulator.kernel import Kernel
 from conserve_lab.simulator.run import WARM_US, Outcome
 from conserve_lab.workloads import generate
 from conserve_sdk.core import Broker
-from conserve_sdk.core.events import DropReason, EngineState, Granted, LeaseDropped, TurnFinished
+from conserve_sdk.core.decisions import Granted, LeaseDropped
+from conserve_sdk.core.events import TurnFinished
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import Ms
+from conserve_sdk.core.vocabulary import DropReason, EngineState
 
 KIND = engine_kind("a40/qwen3-0.6b")
 

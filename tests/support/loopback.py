@@ -10,8 +10,9 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from conserve_sdk.core.events import EngineSpec, Role
+from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.units import EngineId, ModelName, Ms, Tokens, TransferGroup
+from conserve_sdk.core.vocabulary import Role
 from conserve_sdk.testing import EngineReply
 
 MODEL = "loopback"

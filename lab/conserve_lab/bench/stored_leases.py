@@ -28,7 +28,7 @@ from conserve_sdk.core import (
     Tokens,
     TransferGroup,
 )
-from conserve_sdk.core.events import LeaseStored
+from conserve_sdk.core.decisions import LeaseStored
 from conserve_sdk.core.lease import Lease
 from conserve_sdk.core.units import ConversationId, LineageId, RequestId
 

@@ -12,9 +12,10 @@ from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.keys import ConversationKeys
 from conserve_lab.simulator.routing import Router
 from conserve_lab.workloads import Conversation
-from conserve_sdk.core.events import SupersedeCause, TurnFinished
+from conserve_sdk.core.events import TurnFinished
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId, ModelName, Ms, TenantId, Tokens
+from conserve_sdk.core.vocabulary import SupersedeCause
 
 RENEW_US = 20_000_000
 RETRY_US = 100_000

@@ -9,9 +9,8 @@ from conserve_lab.simulator.engine import SimulatedEngine
 from conserve_lab.simulator.invariants import Invariants
 from conserve_lab.simulator.kernel import Kernel, Timer
 from conserve_sdk.core import Broker
+from conserve_sdk.core.decisions import Decision, Granted, LeaseAnswered, LeaseDropped, Refused
 from conserve_sdk.core.events import (
-    Decision,
-    Directive,
     EngineConfigured,
     EngineDrained,
     EngineFailureReported,
@@ -19,14 +18,9 @@ from conserve_sdk.core.events import (
     EngineSpec,
     EngineUnreachable,
     Event,
-    Granted,
-    LeaseAnswered,
-    LeaseDropped,
     LeaseReleased,
     LeaseRenewed,
     LeaseRequested,
-    Refused,
-    SupersedeCause,
     SupersedeRequested,
     TimerFired,
     TurnFinished,
@@ -35,6 +29,7 @@ from conserve_sdk.core.events import (
 from conserve_sdk.core.lease import EngineBinding, Lease, LeaseKey
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import EngineId, Incarnation, LeaseId, Ms, PrefixKey, RequestId, Tokens
+from conserve_sdk.core.vocabulary import Directive, SupersedeCause
 
 SCRAPE_US = 1_000_000
 """The service's own interval; policy decisions get worse from 5 s on."""

@@ -11,9 +11,10 @@ from conserve_lab.simulator.broker import SimulatedBroker
 from conserve_lab.simulator.engine import SimulatedEngine
 from conserve_lab.simulator.kernel import Kernel
 from conserve_lab.simulator.policies import Policy
-from conserve_sdk.core.events import EngineSpec, Role
+from conserve_sdk.core.events import EngineSpec
 from conserve_sdk.core.settings import PRESETS, BrokerSettings
 from conserve_sdk.core.units import MILLION, EngineId, ModelName, Ms, Tokens, TransferGroup
+from conserve_sdk.core.vocabulary import Role
 
 BLOCK_SIZE = 16
 SEQS_MAX = 1024

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from conserve_sdk.core import Broker
-from conserve_sdk.core.events import DropReason, EngineState, Granted, LeaseDropped, TurnFinished
+from conserve_sdk.core.decisions import Granted, LeaseDropped
+from conserve_sdk.core.events import TurnFinished
 from conserve_sdk.core.lease import Lease, Mode
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import LeaseId, Ms
+from conserve_sdk.core.vocabulary import DropReason, EngineState
 
 
 class Invariants:
