@@ -34,13 +34,12 @@ from conserve_sdk.core import (
     PrefillerHosts,
     RequestId,
     Role,
-    SupersedeRequested,
     TimerFired,
     Tokens,
     TurnFinished,
 )
 from tests.core.oracle import Oracle
-from tests.core.world import key, observed, spec
+from tests.core.world import key, observed, spec, superseding
 
 FLEET = [
     spec("b0", Role.BOTH),
@@ -143,21 +142,9 @@ class MachineBase(RuleBasedStateMachine):
         }
         self._apply(TurnFinished(**{**values, **changes}))
 
-    def _supersede(self, lease: Lease, tokens: int, wait_ms: int = 0, **changes: Any) -> None:
+    def _supersede(self, lease: Lease, tokens: int, **changes: Any) -> None:
         self.serial += 1
-        values: dict[str, Any] = {
-            "now_ms": Ms(self.now_ms),
-            "request_id": RequestId(f"r{self.serial}"),
-            "lease_id": lease.lease_id,
-            "new_lease_id": LeaseId(f"l{self.serial}"),
-            "key": lease.key,
-            "epoch": lease.epoch,
-            "reason": "told to",
-            "first_turn_input_tokens": Tokens(tokens),
-            "first_turn_input_bytes": 0,
-            "deadline_at_ms": Ms(self.now_ms + wait_ms),
-        }
-        self._apply(SupersedeRequested(**{**values, **changes}))
+        self._apply(superseding(lease, tokens, serial=self.serial, now_ms=self.now_ms, **changes))
 
     def _trouble(self, engine_id: EngineId, kind: str) -> None:
         now_ms = Ms(self.now_ms)

@@ -77,7 +77,7 @@ class ClientRules(MachineBase):
         self._supersede(
             lease,
             tokens,
-            wait_ms,
+            wait_ms=wait_ms,
             epoch=lease.epoch + ahead,
             failed_engine_id=failed,
             cause=cause,

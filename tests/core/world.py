@@ -101,6 +101,25 @@ def engines(decoders: int = 2, prefillers: int = 1) -> list[EngineSpec]:
     ]
 
 
+def superseding(
+    lease: Lease, tokens: int, *, serial: int, now_ms: int, wait_ms: int = 0, **changes: Any
+) -> SupersedeRequested:
+    """A holder's wish for another lease, the `serial`-th thing that was asked for."""
+    values: dict[str, Any] = {
+        "now_ms": Ms(now_ms),
+        "request_id": RequestId(f"r{serial}"),
+        "lease_id": lease.lease_id,
+        "new_lease_id": LeaseId(f"l{serial}"),
+        "key": lease.key,
+        "epoch": lease.epoch,
+        "reason": "test",
+        "first_turn_input_tokens": Tokens(tokens),
+        "first_turn_input_bytes": 0,
+        "deadline_at_ms": Ms(now_ms + wait_ms),
+    }
+    return SupersedeRequested(**{**values, **changes})
+
+
 @dataclass
 class World:
     """Every method applies one event at `now_ms` and returns its decisions, or the one decision that matters."""
@@ -180,20 +199,7 @@ class World:
 
     def supersede(self, lease: Lease, tokens: int = 1_000, **changes: Any) -> list[Decision]:
         self.serial += 1
-        wait_ms = changes.pop("wait_ms", 0)
-        values: dict[str, Any] = {
-            "now_ms": Ms(self.now_ms),
-            "request_id": RequestId(f"r{self.serial}"),
-            "lease_id": lease.lease_id,
-            "new_lease_id": LeaseId(f"l{self.serial}"),
-            "key": lease.key,
-            "epoch": lease.epoch,
-            "reason": "test",
-            "first_turn_input_tokens": Tokens(tokens),
-            "first_turn_input_bytes": 0,
-            "deadline_at_ms": Ms(self.now_ms + wait_ms),
-        }
-        return self.apply(SupersedeRequested(**{**values, **changes}))
+        return self.apply(superseding(lease, tokens, serial=self.serial, now_ms=self.now_ms, **changes))
 
     def renew(self, lease: Lease) -> LeaseAnswered:
         return answer(self.apply_renewal(lease))
