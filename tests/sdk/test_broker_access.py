@@ -19,7 +19,7 @@ from conserve_sdk.errors import BrokerUnavailable
 from conserve_sdk.protocol import TurnStartedReport
 from conserve_sdk.testing import FakeClock, InMemoryBroker, ScriptedEngine
 
-from .test_broker_client import REQUEST, Colour, Script, granted, problem
+from .callers import REQUEST, Colour, Script, granted, problem
 
 SECRET = "csk.red-1.0123456789abcdefghijklmnopqrstuvwxyzABCDEFG"
 VARIABLES = ("API_KEY", "API_KEY_FILE", "CA", "CERT", "CERT_KEY")
