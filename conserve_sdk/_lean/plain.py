@@ -33,7 +33,7 @@ def moved(params: dict[str, Any], method: object, *names: str) -> dict[str, Any]
         if type(given) is list:
             try:
                 found[name] = [_element(each) for each in given]
-            except _NotPlainError:
+            except (_NotPlainError, RecursionError):  # too deep for us, perhaps not for openai
                 continue
     if not found:
         return params

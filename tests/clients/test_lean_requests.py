@@ -177,6 +177,18 @@ def test_every_client_of_the_sdk_is_one() -> None:
 
 
 @PAIRS
+@pytest.mark.parametrize("depth", [300, 600, 100_000])
+def test_deep_values_fare_as_with_openai(kind: Any, reference: Any, depth: int) -> None:
+    deep: list[Any] = []
+    for _ in range(depth):
+        deep = [deep]
+    ours, openais = both(
+        kind, reference, lambda c: c.chat.completions.create(model="m", messages=[{"role": "user", "content": deep}])
+    )
+    assert ours == openais
+
+
+@PAIRS
 def test_it_looks_like_an_openai_client(kind: Any, reference: Any) -> None:
     seen = []
     for each in (kind, reference):
