@@ -49,7 +49,7 @@ def test_no_entry_point_is_without_its_twin() -> None:
     assert {name for name in functions if f"async_{name}" in functions} == {"openai_client"}
     assert set(functions) == {
         *("openai_client", "async_openai_client"),
-        *("connect", "current_conversation", "last_turn", "wire_id"),  # they do no I/O
+        *("connect", "current_conversation", "last_turn", "make_lean", "wire_id"),  # they do no I/O
     }
 
 

@@ -22,6 +22,7 @@ from conserve_sdk import (
     connect,
     conversation,
     current_conversation,
+    make_lean,
     openai_client,
     wire_id,
 )
@@ -34,6 +35,8 @@ async def program() -> None:
     assert_type(conserve, ConServe)
     assert_type(conserve.openai_client(max_retries=0), openai.OpenAI)
     assert_type(conserve.async_openai_client(), openai.AsyncOpenAI)
+    assert_type(make_lean(openai.OpenAI()), openai.OpenAI)
+    assert_type(make_lean(openai.AsyncOpenAI()), openai.AsyncOpenAI)
     assert_type(openai_client(), openai.OpenAI)
     assert_type(async_openai_client(["http://a", "http://b"], max_retries=0), openai.AsyncOpenAI)
     assert_type(conserve.http_client(), httpx2.Client)
@@ -98,6 +101,7 @@ async def clients_wrong(conserve: ConServe) -> None:
     httpx2.Client(transport=AsyncConServeTransport())  # type: ignore[arg-type]
     openai_client(3)  # type: ignore[arg-type]
     async_openai_client({"a": 1}.items())  # type: ignore[arg-type]
+    make_lean(openai)  # type: ignore[type-var]
     await conserve.release("c")  # type: ignore[misc]
     conserve.park()  # type: ignore[call-arg]
     conserve.apark("c") + 1  # type: ignore[operator]
