@@ -11,7 +11,15 @@ from conserve_sdk.core import PAPER, BrokerSettings
 from conserve_sdk.testing import FakeClock, InMemoryBroker, ScriptedEngine
 from tests.support.processes import fork_and_wait
 
+from .callers import Colour
+
 __all__ = ["fork_and_wait"]
+
+
+@pytest.fixture(params=["sync", "async"])
+def colour(request) -> Colour:
+    """A client of the broker; every test that uses it runs in both colours."""
+    return Colour(request.param)
 
 
 class Outcome:

@@ -31,11 +31,6 @@ def nothing_in_the_environment(monkeypatch):
         monkeypatch.delenv(f"CONSERVE_BROKER_{name}", raising=False)
 
 
-@pytest.fixture(params=["sync", "async"])
-def colour(request) -> Colour:
-    return Colour(request.param)
-
-
 # ---- where it comes from ----------------------------------------------------------------------------------------
 
 

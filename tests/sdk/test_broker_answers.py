@@ -28,11 +28,6 @@ from .callers import REQUEST, Colour, Script, granted, problem
 from .grants import grant
 
 
-@pytest.fixture(params=["sync", "async"])
-def colour(request) -> Colour:
-    return Colour(request.param)
-
-
 class TestAnswers:
     @pytest.mark.parametrize(
         ("answer", "error"),

@@ -25,11 +25,6 @@ from conserve_sdk.testing import InMemoryBroker, small_fleet
 from .callers import REQUEST, Colour, Script, granted, problem
 
 
-@pytest.fixture(params=["sync", "async"])
-def colour(request) -> Colour:
-    return Colour(request.param)
-
-
 class TestAgainstTheRealCore:
     def test_a_lease_from_grant_to_release(self, colour: Colour) -> None:
         broker = InMemoryBroker(clock=colour.clock)

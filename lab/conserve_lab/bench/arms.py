@@ -15,7 +15,17 @@ import openai
 
 from conserve_sdk import BASE_URL, ConServe, conversation
 
-__all__ = ["Arm", "async_arm", "bare_arm", "connections_made", "router_arm", "sdk_arm", "transport_arm"]
+__all__ = [
+    "Arm",
+    "async_arm",
+    "async_over_transport",
+    "async_straight",
+    "bare_arm",
+    "connections_made",
+    "router_arm",
+    "sdk_arm",
+    "transport_arm",
+]
 
 Call = Callable[..., Any]
 
@@ -50,7 +60,7 @@ class Arm:
 
 def bare_arm(decoder_url: str) -> Arm:
     """The client of openai itself, straight to the decoder."""
-    return _blocking("bare openai", openai.OpenAI(**_straight(decoder_url)))
+    return _blocking("bare openai", openai.OpenAI(**_options(f"{decoder_url}/v1")))
 
 
 def sdk_arm(conserve: ConServe) -> Arm:
@@ -60,8 +70,18 @@ def sdk_arm(conserve: ConServe) -> Arm:
 
 def transport_arm(conserve: ConServe) -> Arm:
     """A client of openai itself over the SDK's transport: leases, and nothing else of ours."""
-    client = openai.OpenAI(**_straight(""), http_client=conserve.http_client())
+    client = openai.OpenAI(**_options(BASE_URL), http_client=conserve.http_client())
     return _by_lease(_blocking("transport", client), conserve)
+
+
+def async_straight(url: str) -> openai.AsyncOpenAI:
+    """The async client of `bare_arm` and `router_arm`."""
+    return openai.AsyncOpenAI(**_options(f"{url}/v1"))
+
+
+def async_over_transport(conserve: ConServe) -> openai.AsyncOpenAI:
+    """The async client of `transport_arm`."""
+    return openai.AsyncOpenAI(**_options(BASE_URL), http_client=conserve.async_http_client())
 
 
 def _by_lease(arm: Arm, conserve: ConServe) -> Arm:
@@ -76,31 +96,17 @@ def _by_lease(arm: Arm, conserve: ConServe) -> Arm:
 
 def router_arm(url: str, *, cpu_s: Callable[[], float]) -> Arm:
     """The same client through vllm-router, with the header its sticky policy goes by."""
-    return replace(_blocking("vllm-router", openai.OpenAI(**_straight(url))), options=_named, other_cpu_s=cpu_s)
+    return replace(_blocking("vllm-router", openai.OpenAI(**_options(f"{url}/v1"))), options=_named, other_cpu_s=cpu_s)
 
 
-def async_arm(
-    arm: Arm,
-    loop: asyncio.AbstractEventLoop,
-    *,
-    url: str = "",
-    conserve: ConServe | None = None,
-    transport: ConServe | None = None,
-) -> Arm:
+def async_arm(arm: Arm, loop: asyncio.AbstractEventLoop, made: openai.AsyncOpenAI) -> Arm:
     """The async twin of an arm.
 
     Args:
         arm: the blocking one.
         loop: each call runs in it until it is answered.
-        url: of a decoder or a router, where the arm is not the SDK's.
-        conserve: of the SDK's arm.
-        transport: of the arm that has its transport alone.
+        made: the client.
     """
-    if conserve:
-        made = conserve.async_openai_client(max_retries=0)
-    else:
-        http = transport.async_http_client() if transport else None
-        made = openai.AsyncOpenAI(**_straight(url), http_client=http)
 
     def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return loop.run_until_complete(loop.create_task(coroutine))
@@ -118,8 +124,8 @@ def async_arm(
     )
 
 
-def _straight(url: str) -> dict[str, Any]:
-    return {"base_url": f"{url}/v1" if url else BASE_URL, "api_key": "EMPTY", "max_retries": 0}
+def _options(base_url: str) -> dict[str, Any]:
+    return {"base_url": base_url, "api_key": "EMPTY", "max_retries": 0}
 
 
 def _named(name: str) -> dict[str, Any]:

@@ -18,7 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from conserve_lab.bench.arms import Arm, async_arm, bare_arm, router_arm, sdk_arm, transport_arm
+from conserve_lab.bench.arms import (
+    Arm,
+    async_arm,
+    async_over_transport,
+    async_straight,
+    bare_arm,
+    router_arm,
+    sdk_arm,
+    transport_arm,
+)
 from conserve_lab.bench.blocks import Block, Load, median_difference, play, spread_of, stream
 from conserve_lab.bench.router import NoRouter, router_binary, running_router
 from conserve_lab.bench.stack_process import StackProcess
@@ -85,16 +94,16 @@ def run_sdk_bench(
         stack.callback(loop.close)
         stack.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
         twins = [
-            async_arm(arms[0], loop, url=engines.at.decoder),
-            async_arm(arms[1], loop, conserve=conserve),
-            async_arm(arms[2], loop, transport=conserve),
+            async_arm(arms[0], loop, async_straight(engines.at.decoder)),
+            async_arm(arms[1], loop, conserve.async_openai_client(max_retries=0)),
+            async_arm(arms[2], loop, async_over_transport(conserve)),
         ]
         skipped = "" if peer else "not asked for"
         if peer:
             try:
                 router = stack.enter_context(running_router(router_binary(cache), engines.at))
                 arms.append(router_arm(router.url, cpu_s=router.cpu_s))
-                twins.append(async_arm(arms[3], loop, url=router.url))
+                twins.append(async_arm(arms[3], loop, async_straight(router.url)))
             except NoRouter as reason:
                 skipped = str(reason)
                 console.print(f"vllm-router skipped: {reason}", style="yellow")

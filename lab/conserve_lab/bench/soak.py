@@ -10,6 +10,7 @@ import resource
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -189,7 +190,7 @@ async def _soaked(scene: _Scene, view: _View, right: RightAnswers) -> dict[str, 
         scene.happened("every agent is done")
         seconds = scene.at_s
         left = await asyncio.to_thread(scene.leases)
-        leaked, held = await _leaked(scene), await _held(scene)
+        leaked, held = await _outlasting(scene.leases), await _outlasting(scene.fleet.held_requests)
         dropped = conserve.reports_dropped
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
@@ -216,26 +217,20 @@ async def _soaked(scene: _Scene, view: _View, right: RightAnswers) -> dict[str, 
     }
 
 
-async def _leaked(scene: _Scene) -> int:
-    """Leases that outlive the last agent by more than their own life: what nobody gave back runs out by itself."""
+async def _outlasting(count: Callable[[], int | None]) -> int:
+    """What outlives the last agent by more than its own life: what nobody gave back runs out by itself.
+
+    Args:
+        count: leases that live, or requests whose KV engines still hold; None: no broker leads.
+    """
     until_s = time.monotonic() + _LEAK_WAIT_S
-    left = await asyncio.to_thread(scene.leases)
+    left = await asyncio.to_thread(count)
     while left != 0 and time.monotonic() < until_s:
         await asyncio.sleep(_TICK_S)
-        left = await asyncio.to_thread(scene.leases)
+        left = await asyncio.to_thread(count)
     if left is None:
         raise DemoError("no broker leads at the end")
     return left
-
-
-async def _held(scene: _Scene) -> int:
-    """Finished requests whose KV engines keep for longer than they may: what a last turn asked to be held runs out."""
-    until_s = time.monotonic() + _LEAK_WAIT_S
-    while held := await asyncio.to_thread(scene.fleet.held_requests):
-        if time.monotonic() > until_s:
-            break
-        await asyncio.sleep(_TICK_S)
-    return held
 
 
 # ---- what dies -------------------------------------------------------------------------------------------------
