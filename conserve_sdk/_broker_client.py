@@ -7,7 +7,6 @@ and renewals are hints), which is not true of a turn.
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from conserve_sdk._broker_starts import Starts
 from conserve_sdk._fork import call_in_forked_child
 from conserve_sdk._http import AsyncHTTPTransport
 from conserve_sdk._http1 import AsyncHttp1Transport, Http1Transport
+from conserve_sdk._jitter import own_random
 from conserve_sdk._loops import PerLoop
 from conserve_sdk.errors import LeaseExpired, LeaseLost
 from conserve_sdk.protocol import (
@@ -78,7 +78,7 @@ class SyncBrokerClient:
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = own_random,
     ) -> None:
         self._brokers = BrokerUrls(broker_urls)
         self._access = access or BrokerAccess()
@@ -235,7 +235,7 @@ class AsyncBrokerClient:
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = own_random,
     ) -> None:
         self._brokers = BrokerUrls(broker_urls)
         self._access = access or BrokerAccess()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from conserve_sdk._fork import call_in_forked_child
+from conserve_sdk._jitter import own_random
 from conserve_sdk._lease_view import FirstTurnClaim, LeaseRef, LeaseView, ServedTurn, TurnSlot
 from conserve_sdk.core.units import ConversationId, LeaseId
 from conserve_sdk.protocol import LeaseGrant, LeaseStatus
@@ -62,7 +62,7 @@ class LeaseRegistry:
         jitter: uniform in [0, 1): spreads renewals over 80 to 100 % of the time the broker asked for.
     """
 
-    def __init__(self, *, entries_max: int = 50_000, jitter: Callable[[], float] = random.random) -> None:
+    def __init__(self, *, entries_max: int = 50_000, jitter: Callable[[], float] = own_random) -> None:
         self._entries_max = entries_max
         self._jitter = jitter
         self._start_afresh()
