@@ -10,6 +10,7 @@ CONSERVE_BROKER_URL=http://127.0.0.1:7070 python examples/openai_agents_approval
 import asyncio
 import os
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from agents import Agent, RunConfig, Runner, RunState, SQLiteSession, function_tool
@@ -46,8 +47,7 @@ async def approve(text: str, config: RunConfig, session: SQLiteSession) -> str:
 def main() -> None:
     provider = ConServeModelProvider(default_model=MODEL)  # the broker's address comes from CONSERVE_BROKER_URL
     config = RunConfig(model_provider=provider, tracing_disabled=True)
-    session = SQLiteSession("example-approval")
-    with tempfile.TemporaryDirectory() as folder:
+    with closing(SQLiteSession("example-approval")) as session, tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder, "run.json")
         checkpoint.write_text(asyncio.run(ask(config, session)), "utf-8")
         print(f"approved: {asyncio.run(approve(checkpoint.read_text('utf-8'), config, session))}")

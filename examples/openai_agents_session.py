@@ -6,6 +6,7 @@ CONSERVE_BROKER_URL=http://127.0.0.1:7070 python examples/openai_agents_session.
 
 import asyncio
 import os
+from contextlib import closing
 
 from agents import Agent, RunConfig, Runner, SQLiteSession, function_tool
 
@@ -24,10 +25,10 @@ async def main() -> None:
     provider = ConServeModelProvider(default_model=MODEL)  # the broker's address comes from CONSERVE_BROKER_URL
     config = RunConfig(model_provider=provider, tracing_disabled=True)
     agent = Agent(name="clerk", instructions="Use the tool, then answer in one sentence.", tools=[add])
-    session = SQLiteSession("example-agents")
-    for question in ("What is 19 + 23?", "Is that more than 40?"):
-        result = await Runner.run(agent, question, session=session, run_config=config, max_turns=20)
-        print(f"{question} {result.final_output}")
+    with closing(SQLiteSession("example-agents")) as session:
+        for question in ("What is 19 + 23?", "Is that more than 40?"):
+            result = await Runner.run(agent, question, session=session, run_config=config, max_turns=20)
+            print(f"{question} {result.final_output}")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,16 @@ class Life:
             listeners=lambda: self._feed.listeners,
             connections=self._connections,
         )
-        self._uvicorn = uvicorn.Config(
+        self._uvicorn = self._http()
+        self._server: _Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fault: BaseException | None = None
+        self._killed = False
+
+    def _http(self) -> uvicorn.Config:
+        """The application and the server that it runs on."""
+        config = self._config
+        return uvicorn.Config(
             create_app(
                 self.front,
                 metrics=self._metrics,
@@ -146,7 +155,7 @@ class Life:
                 engine_key=self._engine_key,
                 more_routes=registration_routes(config.registration, self._members),
                 feed=self._feed,
-                tracing=tracing,
+                tracing=self._tracing,
             ),
             lifespan="off",
             ws="none",
@@ -161,10 +170,6 @@ class Life:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACEFUL_S,
         )
-        self._server: _Server | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._fault: BaseException | None = None
-        self._killed = False
 
     # ---- in the life's own thread -------------------------------------------------------------------------------
 

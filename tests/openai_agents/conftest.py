@@ -1,10 +1,12 @@
 """The Agents SDK's model provider before an emulated fleet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
+from uuid import uuid4
 
 import pytest
-from agents import RunConfig
+from agents import RunConfig, SQLiteSession
 
 from conserve_lab.stack import LocalStack
 from conserve_openai_agents import ConServeModelProvider, _runs
@@ -29,3 +31,9 @@ def provider(stack: LocalStack, conserve: ConServe) -> ConServeModelProvider:
 @pytest.fixture
 def config(provider: ConServeModelProvider) -> Config:
     return partial(RunConfig, model_provider=provider, tracing_disabled=True)
+
+
+@pytest.fixture
+def session() -> Iterator[SQLiteSession]:
+    with closing(SQLiteSession(uuid4().hex)) as opened:  # Python 3.13 warns of databases that nobody closed
+        yield opened

@@ -1,7 +1,5 @@
 """The same runs over the engines' Responses API."""
 
-from uuid import uuid4
-
 from agents import Agent, RunConfig, Runner, SQLiteSession, function_tool
 
 from conserve_lab.stack import LocalStack
@@ -21,14 +19,13 @@ def look_up(name: str) -> str:
 
 
 async def test_a_session_over_the_responses_api(
-    stack: LocalStack, conserve: ConServe, turns: TurnCollector, activity: Activity
+    stack: LocalStack, conserve: ConServe, turns: TurnCollector, activity: Activity, session: SQLiteSession
 ) -> None:
     async with conserve:
         provider = ConServeModelProvider(conserve=conserve, default_model=stack.model, use_responses=True)
         assert isinstance(provider.get_model(None), ConServeResponsesModel)
         config = RunConfig(model_provider=provider, tracing_disabled=True)
         agent = Agent(name="clerk", instructions=LONG, tools=[look_up])
-        session = SQLiteSession(uuid4().hex)
         result = await Runner.run(agent, "Look up a.", session=session, run_config=config, max_turns=20)
         assert result.final_output
         streamed = Runner.run_streamed(agent, "Look up b.", session=session, run_config=config, max_turns=20)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from uuid import uuid4
 
 import pytest
 from agents import (
@@ -82,13 +81,12 @@ async def test_a_streamed_run_of_its_own_does_too(
 
 
 async def test_a_session_keeps_its_lease_which_is_renewed_no_more(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity
+    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity, session: SQLiteSession
 ) -> None:
     """The first agent's last turn called a tool (the hand-off): without a word its lease would be renewed for long."""
     async with provider.conserve:
         expert = Agent(name="expert", instructions="You know it all. " + LONG, handoff_description="knows")
         desk = Agent(name="desk", instructions="You hand over. " + LONG, handoffs=[handoff(expert)])
-        session = SQLiteSession(uuid4().hex)
         result = await Runner.run(desk, "Transfer to expert.", session=session, run_config=config(), max_turns=20)
         assert result.last_agent is expert
         assert len({record.conversation_id for record in turns.records}) == 1
@@ -115,10 +113,9 @@ async def test_an_open_approval_parks_and_its_resumption_goes_on(
 
 
 async def test_streamed_runs_park_too(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity
+    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity, session: SQLiteSession
 ) -> None:
     async with provider.conserve:
-        session = SQLiteSession(uuid4().hex)
         streamed = Runner.run_streamed(_careful(), "Delete file a.", session=session, run_config=config())
         async for _ in streamed.stream_events():
             pass
@@ -245,14 +242,13 @@ async def test_a_broker_that_does_not_answer_holds_no_run_up(
 
 
 def test_runs_in_several_event_loops(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity
+    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity, session: SQLiteSession
 ) -> None:
-    async def one(session: SQLiteSession) -> None:
+    async def one() -> None:
         await Runner.run(_clerk(), "Look up the lease.", session=session, run_config=config(), max_turns=20)
 
-    session = SQLiteSession(uuid4().hex)
     for _ in range(3):
-        asyncio.run(one(session))
+        asyncio.run(one())
     assert provider.conserve.flush(60)
     assert len({record.lease_id for record in turns.records}) == 1
     assert sum(record.migrated for record in turns.records) == 1

@@ -28,9 +28,10 @@ def _config(provider: ConServeModelProvider, **more: object) -> RunConfig:
     return RunConfig(model_provider=provider, tracing_disabled=True, **more)  # type: ignore[arg-type]
 
 
-async def test_runs_of_a_session_are_turns_of_one_lease(provider: ConServeModelProvider, turns: TurnCollector) -> None:
+async def test_runs_of_a_session_are_turns_of_one_lease(
+    provider: ConServeModelProvider, turns: TurnCollector, session: SQLiteSession
+) -> None:
     async with provider.conserve:
-        session = SQLiteSession(f"s-{uuid4().hex}")
         for question in ("Add 1 and 2.", "Add 3 to that.", "And 4?"):
             result = await Runner.run(_clerk(), question, session=session, run_config=_config(provider), max_turns=20)
             assert result.final_output
@@ -65,18 +66,18 @@ async def test_group_of_a_run_is_its_conversation(provider: ConServeModelProvide
         assert len({record.conversation_id for record in turns.records}) == 1
 
 
-async def test_block_wins_over_the_session(provider: ConServeModelProvider, turns: TurnCollector) -> None:
+async def test_block_wins_over_the_session(
+    provider: ConServeModelProvider, turns: TurnCollector, session: SQLiteSession
+) -> None:
     async with provider.conserve:
         name = f"block-{uuid4().hex[:8]}"
         with conversation(name):
-            await Runner.run(
-                _clerk(), "Add.", session=SQLiteSession(uuid4().hex), run_config=_config(provider), max_turns=20
-            )
+            await Runner.run(_clerk(), "Add.", session=session, run_config=_config(provider), max_turns=20)
         assert {record.conversation_id for record in turns.records} == {name}
 
 
 async def test_agent_as_tool_has_its_own_conversation(
-    provider: ConServeModelProvider, turns: TurnCollector, stack: LocalStack
+    provider: ConServeModelProvider, turns: TurnCollector, stack: LocalStack, session: SQLiteSession
 ) -> None:
     async with provider.conserve:
         model = ConServeModel(stack.model, conserve=provider.conserve)
@@ -87,7 +88,6 @@ async def test_agent_as_tool_has_its_own_conversation(
             model=model,
             tools=[worker.as_tool("work", "Do the work.")],
         )
-        session = SQLiteSession(f"s-{uuid4().hex}")
         result = await Runner.run(boss, "Get it done.", session=session, run_config=_config(provider), max_turns=20)
         assert result.final_output
         kinds = Counter(record.conversation_id.split(":")[1] for record in turns.records)

@@ -16,7 +16,7 @@ JUDGE = Agent(name="judge", instructions="Say whether this is polite.")
 
 
 async def test_a_small_run_inside_a_tool_rides_without_a_lease(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config
+    provider: ConServeModelProvider, turns: TurnCollector, config: Config, session: SQLiteSession
 ) -> None:
     asked = iter(range(100))
 
@@ -28,7 +28,7 @@ async def test_a_small_run_inside_a_tool_rides_without_a_lease(
 
     async with provider.conserve:
         clerk = Agent(name="clerk", instructions=LONG, tools=[look_up])
-        await Runner.run(clerk, "Look up a.", session=SQLiteSession(uuid4().hex), run_config=config(), max_turns=20)
+        await Runner.run(clerk, "Look up a.", session=session, run_config=config(), max_turns=20)
         small = [record for record in turns.records if record.lease_id is None]
         large = [record for record in turns.records if record.lease_id is not None]
         assert len(small) >= 2
@@ -42,6 +42,7 @@ async def test_a_long_run_inside_a_tool_has_a_conversation_of_its_own(
     config: Config,
     activity: Activity,
     asked: list[LeaseRequest],
+    session: SQLiteSession,
 ) -> None:
     @function_tool
     async def look_up(name: str) -> str:
@@ -51,7 +52,7 @@ async def test_a_long_run_inside_a_tool_has_a_conversation_of_its_own(
 
     async with provider.conserve:
         clerk = Agent(name="clerk", instructions=LONG, tools=[look_up])
-        await Runner.run(clerk, "Look up a.", session=SQLiteSession(uuid4().hex), run_config=config(), max_turns=20)
+        await Runner.run(clerk, "Look up a.", session=session, run_config=config(), max_turns=20)
         own = [record for record in turns.records if record.conversation_id.startswith("agents-sdk:run:")]
         assert len({record.conversation_id for record in own}) == len(own) >= 2
         assert {activity(record.lease_id) for record in own} == {"gone"}
@@ -77,7 +78,7 @@ async def test_a_guardrail_inside_a_block_rides_once_the_conversation_has_a_leas
 
 
 async def test_a_guardrail_that_nothing_names_gives_its_lease_back_at_once(
-    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity
+    provider: ConServeModelProvider, turns: TurnCollector, config: Config, activity: Activity, session: SQLiteSession
 ) -> None:
     async def polite(_context, _agent, text) -> GuardrailFunctionOutput:
         verdict = await Runner.run(JUDGE, str(text)[:200], run_config=config())
@@ -85,7 +86,7 @@ async def test_a_guardrail_that_nothing_names_gives_its_lease_back_at_once(
 
     async with provider.conserve:
         clerk = Agent(name="clerk", instructions=LONG, input_guardrails=[InputGuardrail(polite)])
-        await Runner.run(clerk, "Hello.", session=SQLiteSession(uuid4().hex), run_config=config())
+        await Runner.run(clerk, "Hello.", session=session, run_config=config())
         assert provider.conserve.flush(60)
         states = {record.conversation_id.split(":")[1]: activity(record.lease_id) for record in turns.records}
         assert states == {"session": "idle", "run": "gone"}
