@@ -103,6 +103,8 @@ class EngineModelConfig:
     max_num_batched_tokens: int = 2048
     long_prefill_token_threshold: int = 0
     """Most prompt tokens of one request in one step while there are others; 0 means only the batch limit counts."""
+    priority_scheduling: bool = False
+    """vLLM's `--scheduling-policy priority`: who waits is taken by priority, then by arrival; else by arrival alone."""
     kv_lease_us: int = 30_000_000
     """How long a finished request's blocks are held for a peer (vLLM's `kv_lease_duration`)."""
     enable_prefix_caching: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ class EngineModel:
         self._arrivals += 1
         sequence = Sequence(request=request, order=self._arrivals)
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._queue(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request in any state and free its blocks; its finished blocks stay in the prefix cache."""
@@ -165,7 +166,7 @@ class EngineModel:
             self._fetched.append(sequence)
         else:
             self._reset(sequence)
-            self._waiting.appendleft(sequence)
+            self._queue(sequence, again=True)
         return True
 
     def _loaded(self, sequence: Sequence) -> None:
@@ -311,7 +312,7 @@ class EngineModel:
     def _make_room(self, sequence: Sequence, tokens: int, plan: list[_Work]) -> bool:
         """Allocate blocks for `tokens` more; False when the sequence itself had to be preempted."""
         while not self._grow(sequence, tokens):
-            victim = max(self._running, key=lambda item: item.order)
+            victim = max(self._running, key=self._rank)
             self._preempt(victim)
             plan[:] = [work for work in plan if work.sequence is not victim]
             if victim is sequence:
@@ -415,8 +416,20 @@ class EngineModel:
         self._running.remove(sequence)
         sequence.preemptions += 1
         self._reset(sequence)
-        self._waiting.appendleft(sequence)
+        self._queue(sequence, again=True)
         self.counters.preemptions += 1
+
+    def _queue(self, sequence: Sequence, *, again: bool = False) -> None:
+        """Let a sequence wait; one that was in the batch already goes first, unless priorities decide."""
+        if self.config.priority_scheduling:
+            bisect.insort(self._waiting, sequence, key=self._rank)
+        elif again:
+            self._waiting.appendleft(sequence)
+        else:
+            self._waiting.append(sequence)
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        return sequence.request.priority if self.config.priority_scheduling else 0, sequence.order
 
     def _reset(self, sequence: Sequence) -> None:
         """Give back everything a sequence has and let it wait to be computed from the start, locally."""

@@ -37,6 +37,8 @@ class EngineRequest:
     """So many of its leading tokens, which is what the peer has; 0: all of it."""
     hold: bool = False
     """Keep the blocks for a lease after the last token (`do_remote_decode`)."""
+    priority: int = 0
+    """Lower ones go first, on engines with priority scheduling."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:

@@ -11,6 +11,7 @@ from conserve_lab.simulator.fleet import Fleet
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.keys import ConversationKeys
 from conserve_lab.simulator.routing import Router
+from conserve_lab.simulator.slices import cuts, one_by_one
 from conserve_lab.workloads import Conversation
 from conserve_sdk.core.events import TurnFinished
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
@@ -83,6 +84,7 @@ class Agent:
         self._lease: Lease | None = None
         self._migrated = False
         self._hops = 0
+        self._priority = 0
         self._report: tuple[PromptSources, SimulatedEngine | None] = (PromptSources(0, 0, 0), None)
 
     def start(self) -> None:
@@ -203,9 +205,10 @@ class Agent:
             self._fleet.broker.turn_started(self._lease, input_tokens=self._claimed(self._prompt_tokens))
         prefiller, decoder = self._router.engines(self._lease)
         if prefiller is None or not self._disaggregated(prefiller, decoder):
-            self._send(decoder, source=None)
+            held = self._prompt_tokens - self._conversation.turns[self._turn].append_tokens
+            self._in_slices(decoder, held=held, then=lambda: self._send(decoder, source=None))
         else:
-            self._prefill(prefiller, decoder)
+            self._in_slices(prefiller, held=0, then=lambda: self._prefill(prefiller, decoder))
 
     def _disaggregated(self, prefiller: SimulatedEngine, decoder: SimulatedEngine) -> bool:
         if not self._migrated:
@@ -214,9 +217,26 @@ class Agent:
         held = self._prompt_tokens - append
         return self._router.through_prefiller(prefiller, decoder, turn=self._turn, append=append, held=held)
 
+    def _in_slices(self, engine: SimulatedEngine, *, held: int, then: Callable[[], None]) -> None:
+        """Compute a long prompt but for its rest, which `then` sends as ever."""
+        size = self._fleet.policy.slice_tokens
+        steps = cuts(held_tokens=held, prompt_tokens=self._prompt_tokens, slice_tokens=size) if size else range(0)
+        self._priority = self._fleet.kernel.now_us if steps else 0
+
+        def send(tokens: int, done: Callable[[], None]) -> None:
+            call = Call(
+                request=self._request(tokens, output_tokens=1),
+                on_first=self._count_slice,
+                on_done=lambda _: done(),
+                on_lost=lambda: self._lost(engine),
+            )
+            self._fleet.kernel.after(engine.kind.front_us, lambda: engine.submit(call))
+
+        one_by_one(steps, send, then)
+
     def _prefill(self, prefiller: SimulatedEngine, decoder: SimulatedEngine) -> None:
         history = decoder.held_tokens(self._leading(self._prompt_tokens)) if self._fleet.policy.history_pull else 0
-        request = self._request(output_tokens=1, hold=True, pull_tokens=history)
+        request = self._request(self._prompt_tokens, output_tokens=1, hold=True, pull_tokens=history)
         sent_us = self._fleet.kernel.now_us + prefiller.kind.front_us
 
         def prefilled(_: int) -> None:
@@ -249,7 +269,11 @@ class Agent:
             self._report = (sources, by)
 
         call = Call(
-            request=self._request(output_tokens=turn.output_tokens, pull_tokens=self._prompt_tokens if source else 0),
+            request=self._request(
+                self._prompt_tokens,
+                output_tokens=turn.output_tokens,
+                pull_tokens=self._prompt_tokens if source else 0,
+            ),
             on_first=first,
             on_done=lambda _: self._turn_ends(decoder),
             on_lost=lambda: self._lost(decoder),
@@ -261,16 +285,25 @@ class Agent:
     def _leading(self, tokens: int) -> Sequence[int]:
         return self._keys.leading(tokens // self._fleet.block_size)
 
-    def _request(self, *, output_tokens: int, pull_tokens: int = 0, hold: bool = False) -> EngineRequest:
+    def _request(
+        self, prompt_tokens: int, *, output_tokens: int, pull_tokens: int = 0, hold: bool = False
+    ) -> EngineRequest:
         self._hops += 1
         return EngineRequest(
             request_id=f"{self._number}.{self._hops}",
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
-            block_keys=self._leading(self._prompt_tokens + output_tokens),
+            block_keys=self._leading(prompt_tokens + output_tokens),
             pull=pull_tokens > 0,
             pull_tokens=pull_tokens,
             hold=hold,
+            priority=self._priority,
+        )
+
+    def _count_slice(self, _: int, sources: PromptSources) -> None:
+        """A slice should compute no more than itself."""
+        self.story.reprefilled_tokens += max(
+            sources.local_compute - self._fleet.policy.slice_tokens - self._fleet.block_size, 0
         )
 
     def _count_prompt(self, _: int, sources: PromptSources) -> None:

@@ -88,6 +88,7 @@ class Fleet:
             long_prefill_token_threshold=(
                 self.policy.prefiller_long_tokens if prefills else self.policy.long_prefill_tokens
             ),
+            priority_scheduling=self.policy.slice_tokens > 0,
             enable_prefix_caching=self.policy.prefix_caching,
             host_blocks=blocks * HOST_TIMES if self.policy.host_tier else 0,
             cost=kind.cost,

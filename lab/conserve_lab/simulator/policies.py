@@ -53,6 +53,8 @@ class Policy:
         flip_percent: of the follow-up turns, taken through the prefiller although they should not: a predictor that
             is wrong so often.
         kv_budget_ppm: share of an engine's KV cache that the broker is told of.
+        slice_tokens: longer prompts are computed in slices of so many tokens, each a request of its own, on engines
+            that take who waits by priority: short prompts first, long ones as they arrived; 0: whole.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Policy:
     suffix_tokens: int = 0
     flip_percent: int = 0
     kv_budget_ppm: int = 1_000_000
+    slice_tokens: int = 0
 
     def prefillers(self, engines: int) -> int:
         """How many of `engines` are prefillers."""
