@@ -23,8 +23,10 @@ __all__ = [
     "JsonObject",
     "TurnBody",
     "decode_leg",
+    "dump",
     "kind_of",
     "local_because",
+    "one_token",
     "prefill_leg",
     "read_body",
     "refers_to_media",
@@ -146,7 +148,7 @@ def turn_body(kind: Kind, raw: bytes, data: JsonObject) -> TurnBody:
     stripped = _strip(data)
     return TurnBody(
         kind=kind,
-        raw=_dump(data) if stripped or not _spliceable(raw) else raw,
+        raw=dump(data) if stripped or not _spliceable(raw) else raw,
         options=data,
         model=model,
         stream=bool(data.get("stream")),
@@ -161,7 +163,15 @@ def prefill_leg(body: TurnBody, params: Mapping[str, Any]) -> bytes:
     The token limits are set to one under every name that wins over another (`max_completion_tokens` wins over
     `max_tokens`); everything that enters the prompt stays as it is.
     """
-    leg: JsonObject = {key: value for key, value in body.data.items() if key not in _PREFILL_DROPS}
+    leg = one_token(body, body.data)
+    leg["return_token_ids"] = True
+    leg[TRANSFER_KEY] = dict(params)
+    return dump(leg)
+
+
+def one_token(body: TurnBody, data: JsonObject) -> JsonObject:
+    """The options of `data` for a request that computes a prompt and says next to nothing."""
+    leg: JsonObject = {key: value for key, value in data.items() if key not in _PREFILL_DROPS}
     leg["stream"] = False
     if body.kind is Kind.RESPONSES:
         leg["max_output_tokens"] = 1
@@ -171,9 +181,7 @@ def prefill_leg(body: TurnBody, params: Mapping[str, Any]) -> bytes:
         leg["max_completion_tokens"] = 1
     if "n" in leg:
         leg["n"] = 1
-    leg["return_token_ids"] = True
-    leg[TRANSFER_KEY] = dict(params)
-    return _dump(leg)
+    return leg
 
 
 def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
@@ -183,7 +191,7 @@ def decode_leg(body: TurnBody, params: Mapping[str, Any] | None) -> bytes:
     head = body.raw.index(b"{") + 1
     rest = body.raw[head:].lstrip()
     comma = b"" if rest.startswith(b"}") else b","
-    written = _dump_flags(tuple(params.items())) if len(params) == 1 else _dump(params)
+    written = _dump_flags(tuple(params.items())) if len(params) == 1 else dump(params)
     return b'{"%s":%s%s%s' % (TRANSFER_KEY.encode(), written, comma, rest)
 
 
@@ -198,7 +206,7 @@ def without_transfer(raw: bytes) -> bytes:
         data = json.loads(raw)
     except ValueError:
         return raw  # no JSON (a form with a file): nothing that an engine would read them from
-    return _dump(data) if _strip_deep(data) else raw
+    return dump(data) if _strip_deep(data) else raw
 
 
 def _strip_deep(node: object) -> bool:
@@ -265,7 +273,8 @@ def _several_prompts(prompt: object) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
 
 
-def _dump(data: Mapping[str, Any]) -> bytes:
+def dump(data: Mapping[str, Any]) -> bytes:
+    """A body's bytes."""
     # ASCII only: a lone surrogate survives the round trip as an escape and cannot be encoded otherwise.
     return json.dumps(data, separators=(",", ":")).encode("ascii")
 
@@ -273,4 +282,4 @@ def _dump(data: Mapping[str, Any]) -> bytes:
 @functools.lru_cache(maxsize=16)
 def _dump_flags(params: tuple[tuple[str, Any], ...]) -> bytes:
     """The same of what is sent with every turn."""
-    return _dump(dict(params))
+    return dump(dict(params))

@@ -36,6 +36,7 @@ class TurnOptions:
         fallback_engines: base URLs of engines that answer without a lease.
         stranger_bytes_max: a request that extends nothing and is at most this long (a title, a summary, a guardrail)
             rides on the decoder of its conversation instead of taking a lease.
+        slice_chars: longer prompts are computed in slices of so many characters; 0: whole.
         client: how this program names itself to the broker.
     """
 
@@ -44,6 +45,7 @@ class TurnOptions:
     fall_back: bool = True
     fallback_engines: tuple[str, ...] = ()
     stranger_bytes_max: int = 1_024
+    slice_chars: int = 0
     client: str = ""
 
 
@@ -53,12 +55,14 @@ class TurnKit:
 
     Attributes:
         clock_us: monotonic microseconds; the registry's milliseconds are the same clock.
+        wall_ms: Unix milliseconds, to rank turns of several processes.
     """
 
     registry: LeaseRegistry
     book: LineageBook
     reporter: Reporter
     clock_us: Callable[[], int]
+    wall_ms: Callable[[], int] = lambda: 0
     hooks: Sequence[Follower] = ()
     stats: StatsBook = field(default_factory=StatsBook)
     planner: TurnPlanner = field(default_factory=LeasePlanner)

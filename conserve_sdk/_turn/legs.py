@@ -12,6 +12,7 @@ import httpx2
 from conserve_sdk._bodies import TurnBody, decode_leg, prefill_leg
 from conserve_sdk._kind import Kind
 from conserve_sdk._kv_params import HOLD, PREFILL, TransferRefused, TransferTicket, read_ticket
+from conserve_sdk._slices import slice_legs
 from conserve_sdk._tracker import TurnTracker
 from conserve_sdk._turn.budget import REACH_PHASES, Budget
 from conserve_sdk._turn.effects import Discard, Flow, Opened
@@ -37,7 +38,13 @@ UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout)
 REACHING = {httpx2.PoolTimeout: "pool", httpx2.ConnectTimeout: "connect", httpx2.WriteTimeout: "write"}
 """Too late before the engine had the whole request, and which limit says so."""
 
-_SESSION, _REQUEST_ID, _LEASE = (name.encode("ascii") for name in (HEADER_SESSION, REQUEST_ID, HEADER_LEASE))
+HEADER_PRIORITY = "X-Vllm-Priority"
+"""Lower goes first where the engine schedules by priority, 0 by default; vLLM 0.32 takes it from anybody and elsewhere
+ignores it (`entrypoints/generate/base/serving.py`)."""
+
+_SESSION, _REQUEST_ID, _LEASE, _PRIORITY = (
+    name.encode("ascii") for name in (HEADER_SESSION, REQUEST_ID, HEADER_LEASE, HEADER_PRIORITY)
+)
 
 
 class DecoderDown(Exception):  # noqa: N818 -- says what happened
@@ -89,6 +96,7 @@ class Legs:
         self._body = body
         self._budget = budget
         self._path = path
+        self._priority = b""
 
     def answer(self, place: Place) -> Flow[Opened]:
         """Send one attempt and return the opened answer, good or bad.
@@ -134,12 +142,8 @@ class Legs:
 
     def _fetch_ticket(self, prefiller: Binding, lease_id: str) -> Flow[TransferTicket]:
         timeouts = self._kit.options.timeouts
-        share_ms = int(self._budget.left_ms() * timeouts.prefill_share)
-        request = self._request(
-            prefiller,
-            prefill_leg(self._body, PREFILL),
-            at_most_ms=max(min(share_ms, int(timeouts.prefill_s * 1000)), 1),
-        )
+        yield from self._in_slices(prefiller)
+        request = self._request(prefiller, prefill_leg(self._body, PREFILL), at_most_ms=self._prefill_ms())
         try:
             answer = yield from fetch_watched(self._turn, prefiller, request)
         except httpx2.TransportError as error:
@@ -157,6 +161,36 @@ class Legs:
             deadline_ms=int(timeouts.transfer_s * 1000),
             send_ids=self._body.kind is Kind.CHAT,  # the other routes do not read them
         )
+
+    def _prefill_ms(self) -> int:
+        timeouts = self._kit.options.timeouts
+        share_ms = int(self._budget.left_ms() * timeouts.prefill_share)
+        return max(min(share_ms, int(timeouts.prefill_s * 1000)), 1)
+
+    def _in_slices(self, engine: Binding) -> Flow[None]:
+        """Have a long prompt computed but for its rest. What goes wrong here is left to the turn itself to find."""
+        turn, size = self._turn, self._kit.options.slice_chars
+        match, again = turn.match, turn.match.extends and not turn.failovers
+        new_bytes = match.uncached_bytes if again else turn.digest.text_bytes
+        if not size or 2 * new_bytes <= 3 * size:
+            return
+        held = max(match.shared_items - 1, 0) if again else 0  # the preamble is no message
+        for leg in slice_legs(self._body, held_messages=held, slice_chars=size):
+            self._take_rank()
+            request = self._request(engine, leg, at_most_ms=self._prefill_ms())
+            try:
+                answer = yield from fetch_watched(turn, engine, request)
+            except httpx2.TransportError as error:
+                log.info("slice_lost engine_id=%s detail=%s", engine.engine_id, type(error).__name__)
+                return
+            if answer.status != 200:
+                log.info("slice_lost engine_id=%s detail=HTTP %s", engine.engine_id, answer.status)
+                return
+
+    def _take_rank(self) -> None:
+        """By arrival, behind all that are not ranked; once, so that what must be done again does not lose its place."""
+        if not any(name.lower() == _PRIORITY.lower() for name, _ in self._kept):  # else the application ranks itself
+            self._priority = self._priority or b"%d" % self._kit.wall_ms()
 
     # ---- second leg -------------------------------------------------------------------------------------------
 
@@ -218,6 +252,7 @@ class Legs:
     def _compute(self, place: Place) -> Flow[Opened]:
         """Let the decoder answer with what it has: its own cache, and the rest computed."""
         params = HOLD if place.plan.hold and not self._body.local_because else None
+        yield from self._in_slices(place.plan.decoder)
         try:
             opened = yield from self._open_again_if_broken(place, params)
         except (*UNREACHABLE, *BROKEN) as error:
@@ -263,6 +298,8 @@ class Legs:
         ]
         if turn.lease is not None:
             headers.append((_LEASE, turn.lease.token.encode("ascii")))
+        if self._priority:
+            headers.append((_PRIORITY, self._priority))
         target = engine_target(engine.url, self._path, query=self._original.url.query)
         request = engine_request(
             self._original,

@@ -54,6 +54,7 @@ class Runtime:
             book=LineageBook(),
             reporter=self.reporter,
             clock_us=clock_us,
+            wall_ms=lambda: time.time_ns() // 1_000_000,
             hooks=settings.on_turn,
             planner=settings.planner or LeasePlanner(),
             options=settings.turn_options(),

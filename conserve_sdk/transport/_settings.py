@@ -19,6 +19,8 @@ __all__ = ["BROKER_URL_ENV", "ConServeOptions", "Settings"]
 
 BROKER_URL_ENV = "CONSERVE_BROKER_URL"
 """Names the broker where the program does not; several URLs are separated by commas."""
+SLICE_CHARS_MIN = 1_024
+"""Each slice is a request of its own, and finds all of the one before but a block and the template's words."""
 
 
 class ConServeOptions(TypedDict, total=False):
@@ -39,6 +41,8 @@ class ConServeOptions(TypedDict, total=False):
         on_turn: one hook or several, called with a `TurnRecord` after each turn (or following it, see `TurnObserver`).
         stranger_bytes_max: longest prompt of a side request (title, summary, guardrail) that rides on its
             conversation's decoder instead of taking a lease; 0 switches that off.
+        slice_chars: prompts with more than one and a half times so many new characters are computed in slices, between
+            which engines take shorter ones; 0, the default: whole. 32 768 characters of English are about 8 000 tokens.
         broker_transport, engine_transport: replace the network, for tests.
         planner: replaces the choice of engines per turn, for experiments.
         clock_us: monotonic microseconds, for tests.
@@ -54,6 +58,7 @@ class ConServeOptions(TypedDict, total=False):
     fallback_engines: Sequence[str]
     on_turn: Follower | Sequence[Follower]
     stranger_bytes_max: int
+    slice_chars: int
     broker_transport: Any
     engine_transport: Any
     planner: TurnPlanner | None
@@ -72,6 +77,7 @@ class Settings:
     fallback_engines: tuple[str, ...] = ()
     on_turn: tuple[Follower, ...] = ()
     stranger_bytes_max: int = 1_024
+    slice_chars: int = 0
     broker_transport: Any = None
     engine_transport: Any = None
     planner: TurnPlanner | None = None
@@ -104,6 +110,7 @@ class Settings:
             fall_back=self.on_broker_unavailable == "fallback",
             fallback_engines=self.fallback_engines,
             stranger_bytes_max=self.stranger_bytes_max,
+            slice_chars=self.slice_chars,
             client=f"conserve-sdk/python-{platform.python_version()} pid={os.getpid()}",
         )
 
@@ -118,6 +125,8 @@ class Settings:
             raise ConfigError("on_broker_unavailable must be 'fallback' or 'raise'", key="on_broker_unavailable")
         if self.stranger_bytes_max < 0:
             raise ConfigError("stranger_bytes_max must not be negative", key="stranger_bytes_max")
+        if self.slice_chars != 0 and self.slice_chars < SLICE_CHARS_MIN:
+            raise ConfigError(f"slice_chars must be 0 or at least {SLICE_CHARS_MIN}", key="slice_chars")
 
 
 def _access(values: dict[str, Any]) -> BrokerAccess:

@@ -26,11 +26,24 @@ def build(**changes: int) -> EngineModel:
 
 
 def request(
-    name: str, prompt: int, output: int = 1, *, family: int = 0, pull: bool = False, hold: bool = False
+    name: str,
+    prompt: int,
+    output: int = 1,
+    *,
+    family: int = 0,
+    pull: bool = False,
+    hold: bool = False,
+    priority: int = 0,
 ) -> EngineRequest:
     keys = [family * 1000 + index for index in range((prompt + output) // 4)]
     return EngineRequest(
-        request_id=name, prompt_tokens=prompt, output_tokens=output, block_keys=keys, pull=pull, hold=hold
+        request_id=name,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        block_keys=keys,
+        pull=pull,
+        hold=hold,
+        priority=priority,
     )
 
 
@@ -292,3 +305,28 @@ def test_a_power_cap_saves_nothing_in_a_step_that_draws_less() -> None:
 
     assert spent(free, 0) == spent(capped, 0) < 150_000 * 1_000
     assert spent(free, 1_000) > spent(capped, 1_000) == 150_000 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("by_priority", "order"), [(False, ["first", "late", "long", "short"]), (True, ["first", "short", "long", "late"])]
+)
+def test_who_waits_is_taken_by_priority_then_by_arrival(by_priority: bool, order: list[str]) -> None:
+    model = build(priority_scheduling=by_priority, max_num_seqs=1)
+    model.submit(request("first", 40, priority=9))
+    model.step(0)  # it is in the batch before the others come
+    for family, (name, priority) in enumerate([("late", 7), ("long", 5), ("short", 0)], start=1):
+        model.submit(request(name, 40, family=family, priority=priority))
+    ended: list[str] = []
+    finish(model, ended=ended)
+    assert ended == order
+
+
+def test_by_priority_the_last_in_rank_is_preempted_and_waits_in_its_rank() -> None:
+    model = build(priority_scheduling=True, kv_blocks=8)
+    for family, (name, priority) in enumerate([("long", 5), ("short", 0)]):
+        model.submit(request(name, 12, 16, family=family, priority=priority))
+        model.step(0)
+    ended: list[str] = []
+    finish(model, ended=ended)
+    assert ended == ["short", "long"]
+    assert model.counters.preemptions == 1

@@ -26,6 +26,7 @@ class EngineMachine(RuleBasedStateMachine):
                 max_num_seqs=3,
                 max_num_batched_tokens=10,
                 kv_lease_us=LEASE_US,
+                priority_scheduling=True,
                 cost=StepCost(base_us=100),
             )
         )
@@ -42,8 +43,9 @@ class EngineMachine(RuleBasedStateMachine):
         output=st.integers(1, 12),
         pull=st.booleans(),
         hold=st.booleans(),
+        priority=st.integers(0, 2),
     )
-    def submit(self, family: int, prompt: int, output: int, pull: bool, hold: bool) -> None:
+    def submit(self, family: int, prompt: int, output: int, pull: bool, hold: bool, priority: int) -> None:
         self.names += 1
         name = f"r{self.names}"
         keys = [family * 1000 + index for index in range((prompt + output) // BLOCK)]
@@ -55,6 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
                 block_keys=keys,
                 pull=pull,
                 hold=hold,
+                priority=priority,
             )
         )
         self.prompts[name] = (family, prompt)

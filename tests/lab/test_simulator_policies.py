@@ -9,7 +9,9 @@ import pytest
 
 from conserve_lab.hardware import engine_kind
 from conserve_lab.simulator import POLICIES, Policy, simulate, summarise
+from conserve_lab.simulator.faults import Fault, FaultKind
 from conserve_lab.simulator.saturation import saturation_per_s
+from conserve_lab.simulator.slices import cuts
 from conserve_lab.workloads import Conversation, Turn, generate
 
 KIND = engine_kind("a40/qwen3-0.6b")
@@ -59,6 +61,50 @@ def test_routers_without_a_broker_admit_everyone() -> None:
     conversations = [Conversation(conversation_id="c", turns=(Turn(append_tokens=150_000, output_tokens=9),))] * 12
     free, admitted = (figures(name, conversations, per_s=100) for name in ("router-sticky", "a0"))
     assert free["queue_wait_p95_ms"] == 0 < admitted["queue_wait_p95_ms"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "expected"), [(12, []), (13, [8]), (20, [8]), (21, [8, 16]), (100, [*range(8, 96, 8)])]
+)
+def test_the_rest_of_a_sliced_prompt_is_half_a_slice_to_one_and_a_half(prompt_tokens: int, expected: list[int]) -> None:
+    assert list(cuts(held_tokens=0, prompt_tokens=prompt_tokens, slice_tokens=8)) == expected
+    moved = cuts(held_tokens=5, prompt_tokens=prompt_tokens + 5, slice_tokens=8)
+    assert [tokens - 5 for tokens in moved] == expected, "what the engine holds is not cut"
+
+
+def test_short_prompts_pass_a_long_one_between_its_slices() -> None:
+    """One engine: the long prompt takes it for 20 s, the short ones come behind it."""
+    long, short = (
+        Conversation(conversation_id="c", turns=(Turn(append_tokens=tokens, output_tokens=2),))
+        for tokens in (90_000, 300)
+    )
+    conversations = [long, *[short] * 9]
+
+    def last_first_token_us(name: str) -> tuple[int, int]:
+        outcome = simulate(conversations, replace(POLICIES[name], prefill_share=0), [KIND], per_s=50, seed=1)
+        waits = [story.first_tokens_us[0] - story.arrived_us for story in outcome.stories]
+        return waits[0], max(waits[1:])
+
+    (whole_us, behind_us), (sliced_us, passing_us) = last_first_token_us("default"), last_first_token_us("sliced")
+    assert passing_us * 5 < behind_us, "they wait for a slice, not for the prompt"
+    assert sliced_us < whole_us * 1.1, "the long one pays for the steps that it shares"
+
+
+def test_long_prompts_stay_in_the_order_in_which_they_came() -> None:
+    conversations = [Conversation(conversation_id="c", turns=(Turn(append_tokens=30_000, output_tokens=2),))] * 4
+    outcome = simulate(conversations, replace(POLICIES["sliced"], prefill_share=0), [KIND], per_s=50, seed=1)
+    one, two, three, four = (story.first_tokens_us[0] for story in outcome.stories)
+    # While one's next slice is on its way the second gets a turn, so two share the engine, but never all of them.
+    assert one < two < three < four
+    assert three - two > 4 * (two - one)
+    assert sum(story.reprefilled_tokens for story in outcome.stories) == 0
+
+
+def test_a_sliced_prompt_outlives_the_engine_that_computes_it() -> None:
+    conversations = [Conversation(conversation_id="c", turns=(Turn(append_tokens=90_000, output_tokens=2),))]
+    dies = (Fault(kind=FaultKind.FAIL, at_us=3_000_000),)
+    outcome = simulate(conversations, POLICIES["sliced"], [KIND] * 2, per_s=50, seed=1, faults=dies)
+    assert [len(story.first_tokens_us) for story in outcome.stories] == [1]
 
 
 def test_constants_of_a_preset_can_differ() -> None:

@@ -46,6 +46,8 @@ def no_sharing_between_tests(monkeypatch):
         ({"wait_s": -1}, "wait_s"),
         ({"on_broker_unavailable": "panic"}, "on_broker_unavailable"),
         ({"stranger_bytes_max": -1}, "stranger_bytes_max"),
+        ({"slice_chars": 1_023}, "slice_chars"),
+        ({"slice_chars": -1}, "slice_chars"),
         ({"tiemout": 3}, "tiemout"),
     ],
 )

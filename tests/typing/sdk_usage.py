@@ -44,7 +44,9 @@ async def program() -> None:
     assert_type(conserve.transport(), ConServeTransport)
     assert_type(conserve.async_transport(), AsyncConServeTransport)
     httpx2.Client(transport=ConServeTransport(["http://a", "http://b"], on_broker_unavailable="raise"))
-    httpx2.AsyncClient(transport=AsyncConServeTransport(fallback_engines=["http://a"], stranger_bytes_max=0))
+    httpx2.AsyncClient(
+        transport=AsyncConServeTransport(fallback_engines=["http://a"], stranger_bytes_max=0, slice_chars=32_768)
+    )
     openai.OpenAI(base_url=BASE_URL, default_headers={HEADER_CONVERSATION: "c", HEADER_LINEAGE: "planner"})
 
 

@@ -139,6 +139,11 @@ class Conversation:
         self._prompt += text + question
         self._messages += [{"role": "assistant", "content": text}, {"role": "user", "content": question}]
 
+    def add(self, text: str) -> None:
+        """Say more before the next turn."""
+        self._prompt += text
+        self._messages[-1] = {**self._messages[-1], "content": self._messages[-1]["content"] + text}
+
     def ask(self, client: openai.OpenAI, *, stream: bool = False, **extra: Any) -> str:
         """One turn by a blocking client; returns the answer, which was compared with the reference."""
         with conversation(self.name):

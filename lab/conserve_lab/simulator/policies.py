@@ -205,6 +205,12 @@ POLICIES: dict[str, Policy] = {
         ),
     )
 }
+POLICIES["sliced"] = replace(
+    POLICIES["default"],
+    name="sliced",
+    about="default with long prompts computed in slices, on engines that take short ones first",
+    slice_tokens=8_192,
+)
 """By name. Every policy with a preset has the same lease-accounted admission."""
 
 assert all(policy.preset in {"", *PRESETS} for policy in POLICIES.values())

@@ -2,7 +2,7 @@
 
 An engine computes one prompt after the other, so whoever comes behind a long one waits for all of it. Between two
 slices it takes whoever is first: by priority, so that short prompts pass, and long ones stay in the order in which they
-arrived.
+arrived (two at a time share the engine: while the next slice of one is on its way, the other's runs).
 """
 
 from __future__ import annotations
