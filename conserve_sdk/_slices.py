@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from conserve_sdk._bodies import JsonObject, TurnBody, dump, one_token
+from conserve_sdk._digest import BLOCK_BYTES
 from conserve_sdk._kind import Kind
 
 __all__ = ["slice_legs"]
@@ -22,23 +23,23 @@ __all__ = ["slice_legs"]
 _CUT_ROLES = frozenset({"system", "developer", "user", "tool", "function"})
 
 
-def slice_legs(body: TurnBody, *, held_messages: int, slice_chars: int) -> Iterator[bytes]:
+def slice_legs(body: TurnBody, *, held_items: int, slice_chars: int) -> Iterator[bytes]:
     """Bodies of requests for the prompt's beginnings, each about `slice_chars` longer; the rest is the turn itself.
 
     Args:
         body: of the turn.
-        held_messages: so many of the first messages are in the engine's cache already.
+        held_items: so many of the first items of the prompt's digest are in the engine's cache already.
         slice_chars: characters of text in a slice. The rest that is left to the turn has half of that at least and
             one and a half at most.
     """
     if body.local_because:
         return
-    data = body.data
+    data, held = body.data, max(held_items - 1, 0)  # the preamble comes first, and is no message
     if body.kind is Kind.CHAT and isinstance(data.get("messages"), list):
-        for messages in _beginnings(data["messages"], held_messages=held_messages, slice_chars=slice_chars):
+        for messages in _beginnings(data["messages"], held_messages=held, slice_chars=slice_chars):
             yield dump({**one_token(body, data), "messages": messages})
     elif body.kind is Kind.COMPLETIONS and isinstance(data.get("prompt"), str):
-        for cut in _cuts(0, len(data["prompt"]), slice_chars):
+        for cut in _cuts(held * BLOCK_BYTES, len(data["prompt"]), slice_chars):
             yield dump({**one_token(body, data), "prompt": data["prompt"][:cut]})
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from conserve_sdk import conversation
 from conserve_sdk._bodies import read_body
 from conserve_sdk._kind import Kind
 from conserve_sdk._slices import slice_legs
@@ -19,7 +20,7 @@ SIZE = 1_024
 
 def legs(kind: Kind = Kind.CHAT, *, held: int = 0, size: int = 8, **body: object) -> list[dict]:
     turn = read_body(kind, json.dumps({"model": "m", **body}).encode())
-    return [json.loads(leg) for leg in slice_legs(turn, held_messages=held, slice_chars=size)]
+    return [json.loads(leg) for leg in slice_legs(turn, held_items=held + 1 if held else 0, slice_chars=size)]
 
 
 def texts(messages: list[dict]) -> str:
@@ -145,6 +146,31 @@ class TestTurns:
         (cut,) = world.engine.calls[4:-1]
         assert cut.messages[:-1] == history[:-1]
         assert SIZE // 2 < len(cut.messages[-1]["content"]) <= SIZE
+
+    def test_of_a_longer_prompt_string_only_what_is_new_is_cut(self, sliced) -> None:
+        world = sliced(EngineReply.completion(), EngineReply.completion(), EngineReply.completion())
+
+        def ask(prompt: str) -> list[int]:
+            before = len(world.engine.calls)
+            client = world.conserve.openai_client(max_retries=0)
+            with conversation("strings"):
+                client.completions.create(model="test-model", prompt=prompt)
+            return [len(call.body["prompt"]) for call in world.engine.calls[before:]]
+
+        assert ask("x" * (3 * SIZE)) == [SIZE, 2 * SIZE, 3 * SIZE]
+        assert ask("x" * (3 * SIZE) + "y" * SIZE) == [4 * SIZE]
+        assert ask("x" * (3 * SIZE) + "y" * (3 * SIZE)) == [5 * SIZE, 6 * SIZE]
+
+    def test_a_lost_lease_begins_anew(self, sliced) -> None:
+        world = sliced()
+        history = [{"role": "user", "content": "x" * (3 * SIZE)}]
+        world.turn(messages=history)
+        world.broker.restart_engine(world.record.decoder_id)
+        assert world.conserve.flush()
+        history += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "y"}]
+        world.turn(messages=history)
+        world.turn(messages=[*history, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "z"}])
+        assert [record.hops for record in world.turns.records] == [3, 3, 1]
 
     @pytest.mark.parametrize("bad", [EngineReply.failure(400), EngineReply.failure(503), EngineReply.broken()])
     def test_a_slice_that_goes_wrong_costs_only_itself(self, sliced, bad) -> None:
