@@ -361,7 +361,12 @@ def test_params_of_an_application_reach_no_engine(scene) -> None:
 def stack():
     with EmulatedFleet(fleet_of(ENGINES, defaults=QUICK)) as fleet:
         config = BrokerConfig.from_mapping(
-            {"placement": {"preset": "paper"}, "scrape": {"interval_ms": 100}, "engine": broker_entries(fleet)}
+            {
+                "listen": {"port": 0},
+                "placement": {"preset": "paper"},
+                "scrape": {"interval_ms": 100},
+                "engine": broker_entries(fleet),
+            }
         )
         with BrokerServer(config) as broker:
             broker.wait_until_ready(timeout_s=20, engines=3)

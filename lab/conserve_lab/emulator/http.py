@@ -83,6 +83,7 @@ class EventStream(Response):
         self._finish = finish
         self._drop_after = drop_after
         self._drop = drop
+        self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -91,6 +92,11 @@ class EventStream(Response):
         except ClientGone:
             return
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
             self._finish()
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
@@ -105,6 +111,7 @@ class EventStream(Response):
         if self._drop_after is not None:
             self._drop(scope)
             raise ClientGone
+        self._end()  # first, so that who has read all of it finds its record
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
