@@ -132,7 +132,12 @@ def stack():
     engines = [{"id": "p0", "role": "prefiller"}, {"id": "d0", "role": "decoder"}, {"id": "d1", "role": "decoder"}]
     with EmulatedFleet(fleet_of(engines, defaults={"time_scale": 0})) as fleet:
         config = BrokerConfig.from_mapping(
-            {"placement": {"preset": "paper"}, "scrape": {"interval_ms": 100}, "engine": broker_entries(fleet)}
+            {
+                "listen": {"port": 0},
+                "placement": {"preset": "paper"},
+                "scrape": {"interval_ms": 100},
+                "engine": broker_entries(fleet),
+            }
         )
         with BrokerServer(config) as broker:
             broker.wait_until_ready(timeout_s=60, engines=3)
