@@ -18,7 +18,7 @@ from conserve_sdk._bodies import JsonObject, TurnBody, dump, one_token
 from conserve_sdk._digest import BLOCK_BYTES
 from conserve_sdk._kind import Kind
 
-__all__ = ["slice_legs"]
+__all__ = ["cuts", "slice_legs"]
 
 _CUT_ROLES = frozenset({"system", "developer", "user", "tool", "function"})
 
@@ -39,19 +39,20 @@ def slice_legs(body: TurnBody, *, held_items: int, slice_chars: int) -> Iterator
         for messages in _beginnings(data["messages"], held_messages=held, slice_chars=slice_chars):
             yield dump({**one_token(body, data), "messages": messages})
     elif body.kind is Kind.COMPLETIONS and isinstance(data.get("prompt"), str):
-        for cut in _cuts(held * BLOCK_BYTES, len(data["prompt"]), slice_chars):
+        for cut in cuts(len(data["prompt"]), held=held * BLOCK_BYTES, size=slice_chars):
             yield dump({**one_token(body, data), "prompt": data["prompt"][:cut]})
 
 
-def _cuts(held_chars: int, chars: int, slice_chars: int) -> range:
-    return range(held_chars + slice_chars, chars - slice_chars // 2, slice_chars)
+def cuts(length: int, *, held: int, size: int) -> range:
+    """Where a prompt is cut, in its own unit: after each slice of what is not held, but for a short rest."""
+    return range(held + size, length - size // 2, size)
 
 
 def _beginnings(messages: list[Any], *, held_messages: int, slice_chars: int) -> Iterator[list[Any]]:
     ends = list(accumulate(_chars(message) for message in messages))
     held_chars = ends[min(held_messages, len(ends)) - 1] if held_messages and ends else 0
     last: list[Any] = messages[:held_messages]
-    for cut in _cuts(held_chars, ends[-1] if ends else 0, slice_chars):
+    for cut in cuts(ends[-1] if ends else 0, held=held_chars, size=slice_chars):
         number = bisect_left(ends, cut)
         before = ends[number - 1] if number else 0
         beginning = [*messages[:number], *_begun(messages[number], cut - before)]

@@ -170,9 +170,11 @@ class Legs:
     def _in_slices(self, engine: Binding) -> Flow[None]:
         """Have a long prompt computed but for its rest. What goes wrong here is left to the turn itself to find."""
         turn, size = self._turn, self._kit.options.slice_chars
+        if not size:
+            return
         match, again = turn.match, turn.match.extends and not (turn.first_turn or turn.failovers)
         new_bytes = match.uncached_bytes if again else turn.digest.text_bytes
-        if not size or 2 * new_bytes <= 3 * size:
+        if 2 * new_bytes <= 3 * size:
             return
         for leg in slice_legs(self._body, held_items=match.shared_items if again else 0, slice_chars=size):
             self._take_rank()

@@ -11,8 +11,8 @@ from conserve_lab.hardware import engine_kind
 from conserve_lab.simulator import POLICIES, Policy, simulate, summarise
 from conserve_lab.simulator.faults import Fault, FaultKind
 from conserve_lab.simulator.saturation import saturation_per_s
-from conserve_lab.simulator.slices import cuts
 from conserve_lab.workloads import Conversation, Turn, generate
+from conserve_sdk._slices import cuts
 
 KIND = engine_kind("a40/qwen3-0.6b")
 
@@ -67,8 +67,8 @@ def test_routers_without_a_broker_admit_everyone() -> None:
     ("prompt_tokens", "expected"), [(12, []), (13, [8]), (20, [8]), (21, [8, 16]), (100, [*range(8, 96, 8)])]
 )
 def test_the_rest_of_a_sliced_prompt_is_half_a_slice_to_one_and_a_half(prompt_tokens: int, expected: list[int]) -> None:
-    assert list(cuts(held_tokens=0, prompt_tokens=prompt_tokens, slice_tokens=8)) == expected
-    moved = cuts(held_tokens=5, prompt_tokens=prompt_tokens + 5, slice_tokens=8)
+    assert list(cuts(prompt_tokens, held=0, size=8)) == expected
+    moved = cuts(prompt_tokens + 5, held=5, size=8)
     assert [tokens - 5 for tokens in moved] == expected, "what the engine holds is not cut"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from conserve_lab.engine_model.results import (
     StepResult,
 )
 from conserve_lab.engine_model.sequence import EngineRequest, Sequence, SequenceState
+from conserve_lab.engine_model.waiting import Waiting
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class EngineModel:
         self._pool = BlockPool(config.kv_blocks)
         self._host = HostTier(config.host_blocks)
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = Waiting(by_priority=config.priority_scheduling)
         self._fetched: deque[Sequence] = deque()
         self._fetching: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
@@ -127,7 +127,7 @@ class EngineModel:
         self._arrivals += 1
         sequence = Sequence(request=request, order=self._arrivals)
         self._sequences[request.request_id] = sequence
-        self._queue(sequence)
+        self._waiting.add(sequence)
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request in any state and free its blocks; its finished blocks stay in the prefix cache."""
@@ -166,7 +166,7 @@ class EngineModel:
             self._fetched.append(sequence)
         else:
             self._reset(sequence)
-            self._queue(sequence, again=True)
+            self._waiting.add(sequence, again=True)
         return True
 
     def _loaded(self, sequence: Sequence) -> None:
@@ -312,7 +312,7 @@ class EngineModel:
     def _make_room(self, sequence: Sequence, tokens: int, plan: list[_Work]) -> bool:
         """Allocate blocks for `tokens` more; False when the sequence itself had to be preempted."""
         while not self._grow(sequence, tokens):
-            victim = max(self._running, key=self._rank)
+            victim = max(self._running, key=self._waiting.rank)
             self._preempt(victim)
             plan[:] = [work for work in plan if work.sequence is not victim]
             if victim is sequence:
@@ -329,8 +329,8 @@ class EngineModel:
         while budget > 0 and len(self._running) < self.config.max_num_seqs:
             if self._fetched:
                 sequence = self._fetched.popleft()
-            elif self._waiting and self._place(self._waiting[0]):
-                sequence = self._waiting.popleft()
+            elif self._waiting and self._place(self._waiting.first):
+                sequence = self._waiting.take()
             else:
                 break
             if sequence.state is SequenceState.WAITING and sequence.pulled > sequence.computed:
@@ -416,20 +416,8 @@ class EngineModel:
         self._running.remove(sequence)
         sequence.preemptions += 1
         self._reset(sequence)
-        self._queue(sequence, again=True)
+        self._waiting.add(sequence, again=True)
         self.counters.preemptions += 1
-
-    def _queue(self, sequence: Sequence, *, again: bool = False) -> None:
-        """Let a sequence wait; one that was in the batch already goes first, unless priorities decide."""
-        if self.config.priority_scheduling:
-            bisect.insort(self._waiting, sequence, key=self._rank)
-        elif again:
-            self._waiting.appendleft(sequence)
-        else:
-            self._waiting.append(sequence)
-
-    def _rank(self, sequence: Sequence) -> tuple[int, int]:
-        return sequence.request.priority if self.config.priority_scheduling else 0, sequence.order
 
     def _reset(self, sequence: Sequence) -> None:
         """Give back everything a sequence has and let it wait to be computed from the start, locally."""

@@ -11,8 +11,9 @@ from conserve_lab.simulator.fleet import Fleet
 from conserve_lab.simulator.gaps import Gaps
 from conserve_lab.simulator.keys import ConversationKeys
 from conserve_lab.simulator.routing import Router
-from conserve_lab.simulator.slices import cuts, one_by_one
+from conserve_lab.simulator.slices import one_by_one
 from conserve_lab.workloads import Conversation
+from conserve_sdk._slices import cuts
 from conserve_sdk.core.events import TurnFinished
 from conserve_sdk.core.lease import Lease, LeaseKey, Mode
 from conserve_sdk.core.units import ConversationId, EngineId, LineageId, ModelName, Ms, TenantId, Tokens
@@ -220,7 +221,7 @@ class Agent:
     def _in_slices(self, engine: SimulatedEngine, *, held: int, then: Callable[[], None]) -> None:
         """Compute a long prompt but for its rest, which `then` sends as ever."""
         size = self._fleet.policy.slice_tokens
-        steps = cuts(held_tokens=held, prompt_tokens=self._prompt_tokens, slice_tokens=size) if size else range(0)
+        steps = cuts(self._prompt_tokens, held=held, size=size) if size else range(0)
         self._priority = self._fleet.kernel.now_us if steps else 0
 
         def send(tokens: int, done: Callable[[], None]) -> None:

@@ -10,11 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-def cuts(*, held_tokens: int, prompt_tokens: int, slice_tokens: int) -> range:
-    """Where a prompt is cut, in tokens: after each slice of what the engine does not hold, but for a short rest."""
-    return range(held_tokens + slice_tokens, prompt_tokens - slice_tokens // 2, slice_tokens)
-
-
 def one_by_one(steps: Sequence[int], send: Callable[[int, Callable[[], None]], None], then: Callable[[], None]) -> None:
     """Send the slices one after the other, each when the last one is done; then go on."""
 
