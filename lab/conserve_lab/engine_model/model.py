@@ -482,7 +482,8 @@ class EngineModel:
         end = min(full, len(sequence.request.block_keys))
         if start < end and self.config.enable_prefix_caching:
             keys = sequence.request.block_keys[start:end]
-            self._pool.publish(sequence.blocks[start:end], keys)
+            behind = sequence.blocks[start - 1] if start else None
+            self._pool.publish(sequence.blocks[start:end], keys, behind=behind)
             if self.config.host_blocks:
                 self._host.put(keys)
         sequence.published = full

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import overload
 
 from conserve_lab.workloads import Conversation
@@ -27,27 +28,31 @@ class ConversationKeys:
         """The first `blocks` keys."""
         if not self._shared:
             return range(self._own, self._own + blocks)
-        return _Joined(min(self._shared, blocks), range(self._own, self._own + max(blocks - self._shared, 0)))
+        return _Joined(range(min(self._shared, blocks)), range(self._own, self._own + max(blocks - self._shared, 0)))
 
 
 class _Joined(Sequence[int]):
-    """Shared keys 0 .. n-1, then a range."""
+    """Shared keys, then the conversation's own; a part of it is made as fast as a part of a range."""
 
-    def __init__(self, shared: int, own: range) -> None:
-        self._shared, self._own_keys = shared, own
+    def __init__(self, shared: range, own: range) -> None:
+        self._shared, self._own = shared, own
 
     def __len__(self) -> int:
-        return self._shared + len(self._own_keys)
+        return len(self._shared) + len(self._own)
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(self._shared, self._own)
 
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[int]: ...
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            own = self._own_keys[max(start - self._shared, 0) : max(stop - self._shared, 0)]
-            return own if start >= self._shared else [*range(start, min(self._shared, stop)), *own]
-        if index < self._shared:
-            return index
-        return self._own_keys[index - self._shared]
+        shared, own = self._shared, self._own
+        if not isinstance(index, slice):
+            return shared[index] if index < len(shared) else own[index - len(shared)]
+        start, stop, _ = index.indices(len(self))
+        start_own, stop_own = max(start - len(shared), 0), max(stop - len(shared), 0)
+        if start >= len(shared):
+            return own[start_own:stop_own]
+        return _Joined(shared[start:stop], own[start_own:stop_own])
