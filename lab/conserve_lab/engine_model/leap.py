@@ -10,17 +10,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
 
 from conserve_lab.engine_model.sequence import Sequence as EngineSequence
-
-
-class StepClock(Protocol):
-    """The cost model, as far as decodes go."""
-
-    def decode_steps_us(self, *, decodes: int, context_tokens: int, steps: int, within_us: int) -> list[int]:
-        """Return the microseconds of each of so many steps, the last of which begins before `within_us`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +45,13 @@ def steps_within_blocks(running: Sequence[EngineSequence], steps: int, *, free: 
     def needed(count: int) -> int:
         return sum(max(0, -(-(sequence.computed + count) // block_size) - len(sequence.blocks)) for sequence in running)
 
-    if needed(steps) <= free:
+    if len(running) * (steps // block_size + 1) <= free or needed(steps) <= free:  # the first one is quick to tell
         return steps
     low, high = 0, steps
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= free else (low, middle - 1)
     return low
-
-
-def step_durations(
-    cost: StepClock, running: Sequence[EngineSequence], steps: int, *, now_us: int, until_us: int
-) -> tuple[int, ...]:
-    """Return the lengths of up to `steps` steps, the last of which begins before `until_us`."""
-    context = sum(sequence.computed for sequence in running)
-    return tuple(
-        cost.decode_steps_us(
-            decodes=len(running), context_tokens=context, steps=steps, within_us=max(until_us - now_us, 0)
-        )
-    )
 
 
 def block_events(

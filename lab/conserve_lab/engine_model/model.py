@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig
 from conserve_lab.engine_model.host_tier import HostTier
-from conserve_lab.engine_model.leap import Leap, block_events, step_durations, steps_within_blocks, steps_without_end
+from conserve_lab.engine_model.leap import Leap, block_events, steps_within_blocks, steps_without_end
 from conserve_lab.engine_model.results import (
     EngineCounters,
     FetchStart,
@@ -52,6 +53,8 @@ class EngineModel:
         self._fetched: deque[Sequence] = deque()
         self._fetching: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
+        self._decoding: list[Sequence] = []
+        """Those of them that only decode, in order of arrival."""
         self._holds: dict[str, Hold] = {}
         self._arrivals = 0
         self._crowded = False
@@ -135,7 +138,7 @@ class EngineModel:
         if sequence is None:
             return False
         if sequence.state is SequenceState.RUNNING:
-            self._running.remove(sequence)
+            self._leave_batch(sequence)
         elif sequence.state is SequenceState.FETCHING:
             del self._fetching[request_id]
         elif sequence.state is SequenceState.FETCHED:
@@ -225,7 +228,8 @@ class EngineModel:
         self._crowded = self.running + self.waiting > 1
         plan: list[_Work] = []
         preemptions = self.counters.preemptions
-        budget = self._plan_running(plan, self.config.max_num_batched_tokens)
+        ticking = self._plan_decodes()
+        budget = self._plan_running(plan, self.config.max_num_batched_tokens - len(ticking), planned=len(ticking))
         # As in vLLM, a step that had to preempt admits nobody: the freed blocks belong to who is running.
         # Unless nobody is: then a fetched request may go on with the blocks it owns.
         quiet = self.counters.preemptions == preemptions or not plan
@@ -234,22 +238,24 @@ class EngineModel:
         prefills = [work for work in plan if not work.decode]
         prefill_tokens = sum(work.tokens for work in prefills)
         pairs = sum(work.tokens * (2 * work.sequence.computed + work.tokens) // 2 for work in prefills)
-        context_tokens = sum(work.sequence.computed for work in decodes)
+        context_tokens = sum([sequence.computed for sequence in ticking])
+        context_tokens += sum(work.sequence.computed for work in decodes)
         duration_us = self.config.cost.step_us(
-            decodes=len(decodes),
+            decodes=len(ticking) + len(decodes),
             context_tokens=context_tokens,
             prefill_tokens=prefill_tokens,
             prefill_pairs=pairs,
         )
-        self.counters.steps += bool(plan)
+        self.counters.steps += bool(ticking or plan)
         self.counters.prefill_pairs += pairs
-        progress = self._commit(plan, end_us=now_us + duration_us)
+        end_us = now_us + duration_us
+        progress = [*self._tick(ticking, end_us=end_us), *self._commit(plan, end_us=end_us)]
         return StepResult(
             duration_us=duration_us,
             progress=tuple(progress),
             fetches=tuple(fetches),
             prefill_tokens=prefill_tokens,
-            decodes=len(decodes),
+            decodes=len(ticking) + len(decodes),
             context_tokens=context_tokens,
             expired=tuple(expired),
         )
@@ -259,8 +265,8 @@ class EngineModel:
 
         Ends before the step in which a request finishes, a block is missing, or a hold runs out: those are `step`'s.
         """
-        running = self._running
-        if not running or self._fetched or not all(sequence.decoding for sequence in running):
+        running = self._decoding
+        if not running or self._fetched or len(running) < len(self._running):
             return None
         if len(running) > self.config.max_num_batched_tokens:
             return None
@@ -271,12 +277,14 @@ class EngineModel:
         steps = steps_within_blocks(
             running, steps_without_end(running), free=self._pool.free, block_size=self.config.block_size
         )
-        durations = step_durations(self.config.cost, running, steps, now_us=now_us, until_us=until_us)
+        context = sum([sequence.computed for sequence in running])
+        durations = self.config.cost.decode_steps_us(
+            decodes=len(running), context_tokens=context, steps=steps, within_us=max(until_us - now_us, 0)
+        )
         if not durations:
             return None
-        ordered = sorted(running, key=lambda item: item.order)
-        names = tuple(sequence.request.request_id for sequence in ordered)
-        return Leap(durations, names, sum(sequence.computed for sequence in ordered))
+        names = tuple([sequence.request.request_id for sequence in running])
+        return Leap(tuple(durations), names, context)
 
     def carry_out(self, leap: Leap) -> None:
         """Do the steps of a leap that was planned for the present state."""
@@ -295,14 +303,44 @@ class EngineModel:
         self.counters.generation_tokens += steps * len(ordered)
         self.counters.steps += steps
 
-    def _plan_running(self, plan: list[_Work], budget: int) -> int:
-        """Give running sequences their tokens, decodes first, preempting the youngest when blocks run out."""
-        for sequence in sorted(self._running, key=lambda item: (not item.decoding, item.order)):
+    def _plan_decodes(self) -> list[Sequence]:
+        """Give everyone who decodes a token and the block it needs; nobody, if a step might run out of either.
+
+        Then it is for `_plan_running` to say who stays behind. Most steps have room for all, so they are what has to
+        be fast.
+        """
+        decoding, config = self._decoding, self.config
+        missing = [each for each in decoding if each.computed == len(each.blocks) * config.block_size]
+        if len(decoding) >= config.max_num_batched_tokens:
+            return []
+        needed = len(missing)
+        if len(decoding) < len(self._running):
+            needed += sum(
+                max(config.blocks_for(each.known) - len(each.blocks), 0) for each in self._running if not each.decoding
+            )
+        if needed > self._pool.free:
+            return []
+        for sequence in missing:
+            self._grow(sequence, 1)
+        return decoding.copy()
+
+    def _plan_running(self, plan: list[_Work], budget: int, *, planned: int) -> int:
+        """Give running sequences their tokens, decodes first, preempting the youngest when blocks run out.
+
+        Args:
+            plan: takes them.
+            budget: tokens that the step has left.
+            planned: sequences that have theirs already: all that decode, or none.
+        """
+        if planned == len(self._running):
+            return budget
+        left = [each for each in self._running if not each.decoding] if planned else self._running
+        for sequence in sorted(left, key=lambda item: (not item.decoding, item.order)):
             if sequence.state is not SequenceState.RUNNING or budget <= 0:
                 continue
-            tokens, planned = self._chunk(sequence, budget), len(plan)
+            tokens, before = self._chunk(sequence, budget), len(plan)
             has_room = self._make_room(sequence, tokens, plan)
-            if len(plan) < planned:  # who was preempted for it gives back what it had of the budget
+            if len(plan) < before:  # who was preempted for it gives back what it had of the budget
                 budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
             if has_room:
                 plan.append(_Work(sequence, tokens, sequence.decoding))
@@ -413,7 +451,7 @@ class EngineModel:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks and queue it first; its tokens so far are recomputed later."""
-        self._running.remove(sequence)
+        self._leave_batch(sequence)
         sequence.preemptions += 1
         self._reset(sequence)
         self._waiting.add(sequence, again=True)
@@ -431,6 +469,20 @@ class EngineModel:
 
     # ---- after the step ------------------------------------------------------------------------------------
 
+    def _tick(self, ticking: SequenceOf[Sequence], *, end_us: int) -> list[Progress]:
+        """Everyone who decodes has a token more."""
+        size = self.config.block_size
+        progress: list[Progress] = []
+        for sequence in ticking:
+            sequence.computed += 1
+            sequence.emitted += 1
+            if not sequence.computed % size:
+                self._publish(sequence, full=sequence.computed // size)
+            ends = sequence.emitted == sequence.request.output_tokens
+            progress.append(self._finish(sequence, None, end_us=end_us) if ends else sequence.token)
+        self.counters.generation_tokens += len(ticking)
+        return progress
+
     def _commit(self, plan: SequenceOf[_Work], *, end_us: int) -> list[Progress]:
         progress: list[Progress] = []
         for work in plan:
@@ -439,7 +491,13 @@ class EngineModel:
             self._publish(sequence, full=sequence.computed // self.config.block_size)
             if sequence.pending == 0:
                 progress.append(self._emit(sequence, end_us=end_us))
+            if sequence.decoding and sequence.emitted < sequence.request.output_tokens:
+                self._decodes_from_now_on(sequence)
         return progress
+
+    def _decodes_from_now_on(self, sequence: Sequence) -> None:
+        if sequence not in self._decoding:
+            bisect.insort(self._decoding, sequence, key=lambda item: item.order)
 
     def _emit(self, sequence: Sequence, *, end_us: int) -> Progress:
         """Add one token; finish the request when it was the last."""
@@ -448,8 +506,13 @@ class EngineModel:
         sources = self._count_prompt(sequence) if sequence.emitted == 1 else None
         request = sequence.request
         if sequence.emitted < request.output_tokens:
-            return Progress(request_id=request.request_id, sources=sources)
-        self._running.remove(sequence)
+            return sequence.token if sources is None else Progress(request_id=request.request_id, sources=sources)
+        return self._finish(sequence, sources, end_us=end_us)
+
+    def _finish(self, sequence: Sequence, sources: PromptSources | None, *, end_us: int) -> Progress:
+        """The last token is there."""
+        request = sequence.request
+        self._leave_batch(sequence)
         del self._sequences[request.request_id]
         if request.hold:
             blocks = tuple(sequence.blocks)
@@ -464,6 +527,11 @@ class EngineModel:
             held_blocks=blocks,
             computed_tokens=sequence.computed,
         )
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        if sequence in self._decoding:
+            self._decoding.remove(sequence)
 
     def _count_prompt(self, sequence: Sequence) -> PromptSources:
         prompt = sequence.request.prompt_tokens
@@ -496,6 +564,8 @@ class EngineModel:
         owners: list[SequenceOf[int]] = [sequence.blocks for sequence in self._sequences.values()]
         self._pool.check([*owners, *(hold.blocks for hold in self._holds.values())])
         assert len(self._sequences) == self.running + self.waiting
+        decoding = [sequence for sequence in self._running if sequence.decoding]
+        assert sorted(decoding, key=lambda item: item.order) == self._decoding
         for sequence in self._sequences.values():
             assert sequence.computed <= len(sequence.blocks) * self.config.block_size
             assert sequence.local_hit_tokens < sequence.request.prompt_tokens

@@ -6,6 +6,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from conserve_lab.engine_model.results import Progress
+
 
 class SequenceState(StrEnum):
     """Where a request is in its life."""
@@ -68,6 +70,11 @@ class Sequence:
     host_blocks: int = 0
     """Blocks after the locally cached ones that are being loaded from the host tier."""
     preemptions: int = 0
+    token: Progress = field(init=False)
+    """What there is to say of a token that is neither the first nor the last one: always the same."""
+
+    def __post_init__(self) -> None:
+        self.token = Progress(request_id=self.request.request_id)
 
     @property
     def pulled(self) -> int:

@@ -12,6 +12,7 @@ from conserve_lab.engine_model import (
     EngineRequest,
     FetchStart,
     Leap,
+    Progress,
     PromptSources,
     SequenceState,
     StepResult,
@@ -88,6 +89,9 @@ class SimulatedEngine:
         self.draining = False
         self._kernel = kernel
         self._calls: dict[str, Call] = {}
+        self._watched: dict[str, Call] = {}
+        """Those of them whose times between tokens are counted."""
+        self._unstarted: dict[str, Call] = {}
         self._wake: Timer | None = None
         self._leap: tuple[int, Leap] | None = None
 
@@ -99,7 +103,10 @@ class SimulatedEngine:
             call.on_lost()
             return
         self.settle()
-        self._calls[call.request.request_id] = call
+        request_id = call.request.request_id
+        self._calls[request_id] = self._unstarted[request_id] = call
+        if call.gaps is not None:
+            self._watched[request_id] = call
         self.model.submit(call.request)
         self._ensure_awake()
 
@@ -136,7 +143,8 @@ class SimulatedEngine:
             self._wake.cancel()
             self._wake = None
         lost = list(self._calls.values())
-        self._calls.clear()
+        for calls in (self._calls, self._watched, self._unstarted):
+            calls.clear()
         self.model = EngineModel(self.model.config)
         self.energy.prefill_us = 0
         self.incarnation += 1
@@ -186,16 +194,24 @@ class SimulatedEngine:
     def _tokens(self, result: StepResult, end_us: int) -> None:
         """The step is over: hand its tokens on, then go on."""
         self._wake = None
+        watched = self._watched
         for item in result.progress:
-            call = self._calls[item.request_id]
-            self._gap(call, end_us)
-            if item.finished:
-                del self._calls[item.request_id]
-            if item.sources is not None:
-                call.on_first(end_us, item.sources)
-            if item.finished:
-                call.on_done(end_us)
+            if watched and item.request_id in watched:
+                self._gap(watched[item.request_id], end_us)
+            if item.finished or item.sources is not None:
+                self._milestone(item, end_us)
         self._go_on()
+
+    def _milestone(self, item: Progress, end_us: int) -> None:
+        """A first or last token."""
+        call = self._calls[item.request_id]
+        if item.finished:
+            del self._calls[item.request_id]
+            self._watched.pop(item.request_id, None)
+        if item.sources is not None:
+            call.on_first(end_us, item.sources)
+        if item.finished:
+            call.on_done(end_us)
 
     def _go_on(self) -> None:
         if self._wake is None and self.model.has_work:  # else a caller's next request has set it already
@@ -205,14 +221,16 @@ class SimulatedEngine:
         self.model.carry_out(leap)
         first_us, rest = started_us + leap.durations_us[0], leap.durations_us[1:]
         duration_us = leap.duration_us
+        last_us = started_us + duration_us
         watched: dict[int, tuple[Gaps, int]] = {}
-        for request_id in leap.request_ids:
-            call = self._calls[request_id]
+        for call in (
+            [self._watched[name] for name in leap.request_ids if name in self._watched] if self._watched else ()
+        ):
             self._gap(call, first_us)
-            call.last_us = started_us + duration_us
-            if call.gaps is not None:
-                gaps, times = watched.get(id(call.gaps), (call.gaps, 0))
-                watched[id(call.gaps)] = (gaps, times + 1)
+            call.last_us = last_us
+            assert call.gaps is not None
+            gaps, times = watched.get(id(call.gaps), (call.gaps, 0))
+            watched[id(call.gaps)] = (gaps, times + 1)
         for gaps, times in watched.values():
             for gap_us in rest:
                 gaps.add(gap_us, times)
@@ -229,11 +247,11 @@ class SimulatedEngine:
         call.last_us = now_us
 
     def _note_starts(self, result: StepResult, now_us: int) -> None:
-        ended = [item.request_id for item in result.progress if item.finished]
-        for request_id in (*self.model.running_ids, *ended):
-            call = self._calls[request_id]
-            if call.started_us is None:
+        ended = {item.request_id for item in result.progress if item.finished}
+        for request_id, call in list(self._unstarted.items()):
+            if request_id in ended or self.model.state_of(request_id) is SequenceState.RUNNING:
                 call.started_us = now_us
+                del self._unstarted[request_id]
 
     def _fetch(self, fetch: FetchStart) -> None:
         source = self._calls[fetch.request_id].source
