@@ -64,31 +64,41 @@ class BlockPool:
     def lookup(self, keys: Sequence[int]) -> list[int]:
         """Return the cached blocks of the longest leading run of `keys`, without referencing them."""
         found: list[int] = []
-        while len(found) < len(keys):
-            block = self._block_of.get(keys[len(found)])
+        at, end = 0, len(keys)
+        while at < end:
+            block = self._block_of.get(keys[at])
             if block is None:
                 break
             stretch = self._shared.span_from(block) or self._free.run_from(block)
-            rest = keys[len(found) :]
             if stretch is None:
-                return found + self._one_by_one(rest)
-            found += stretch[: self._cached(stretch, rest)]
+                return found + self._one_by_one(keys[at:])
+            count = self._cached(stretch, keys, at, end)
+            found += stretch if count == len(stretch) else stretch[:count]
+            at += count
         return found
 
     def _one_by_one(self, keys: Sequence[int]) -> list[int]:
         found = [block if block is not None else _ABSENT for block in map(self._block_of.get, keys)]
         return found[: found.index(_ABSENT)] if _ABSENT in found else found
 
-    def _cached(self, stretch: Sequence[int], keys: Sequence[int]) -> int:
-        """How many leading blocks of a stretch are those of the keys, at least one: where one is, all before it are."""
+    def _cached(self, stretch: Sequence[int], keys: Sequence[int], at: int, end: int) -> int:
+        """How many leading blocks of a stretch, at least one, are those of `keys` from `at` to `end`.
+
+        Where one is, all before it are, so that it takes few looks, and mostly one.
+        """
         block_of = self._block_of
-        low, high = 1, min(len(stretch), len(keys))
-        middle = high  # all of it, most of the time
+        low, high = 1, min(len(stretch), end - at)
+        middle = high
         while low < high:
-            same = block_of.get(keys[middle - 1]) == stretch[middle - 1]
+            same = block_of.get(keys[at + middle - 1]) == stretch[middle - 1]
             low, high = (middle, high) if same else (low, middle - 1)
             middle = (low + high + 1) // 2
         return low
+
+    def affords(self, hits: Sequence[int], new: int) -> bool:
+        """Whether there are enough free blocks to reference `hits` and allocate `new` more."""
+        free = len(self._free)
+        return new + len(hits) <= free or (new <= free and self.cost_of(hits, new) <= free)
 
     def cost_of(self, hits: Sequence[int], new: int) -> int:
         """Return how many free blocks it takes to reference `hits` and allocate `new` more."""

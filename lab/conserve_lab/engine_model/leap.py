@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from conserve_lab.engine_model.sequence import Sequence as EngineSequence
@@ -31,7 +31,8 @@ class Leap:
     def before(self, span_us: int) -> Leap:
         """The same, without the steps that begin `span_us` after its start or later."""
         ends = list(accumulate(self.durations_us))
-        return replace(self, durations_us=self.durations_us[: bisect_left(ends, span_us) + 1])
+        steps = bisect_left(ends, span_us) + 1
+        return self if steps >= len(ends) else Leap(self.durations_us[:steps], self.request_ids, self.context_tokens)
 
 
 def steps_without_end(running: Sequence[EngineSequence]) -> int:

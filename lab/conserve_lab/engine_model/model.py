@@ -392,7 +392,7 @@ class EngineModel:
         limit = (sequence.known - 1) // size
         hits = self._pool.lookup(sequence.request.block_keys[:limit])
         new = self.config.blocks_for(sequence.known) - len(hits)
-        if self._pool.cost_of(hits, new) > self._pool.free:
+        if not self._pool.affords(hits, new):
             return False
         self._pool.reference(hits)
         if not sequence.request.pull:

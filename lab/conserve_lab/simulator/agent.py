@@ -81,6 +81,7 @@ class Agent:
         self._finished = finished
         self._router = Router(fleet, number=number)
         self._keys = ConversationKeys(conversation, number=number, block_size=fleet.block_size)
+        self._prompts = [conversation.prompt_tokens(turn) for turn in range(len(conversation.turns))]
         self._turn = 0
         self._lease: Lease | None = None
         self._migrated = False
@@ -141,7 +142,7 @@ class Agent:
 
     @property
     def _prompt_tokens(self) -> int:
-        return self._conversation.prompt_tokens(self._turn)
+        return self._prompts[self._turn]
 
     def _turn_arrives(self) -> None:
         self.story.turns_us.append(self._fleet.kernel.now_us)
