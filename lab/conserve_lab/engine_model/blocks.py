@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum, auto
-from itertools import chain
+from itertools import chain, repeat
 
 from conserve_lab.engine_model.free_runs import FreeRuns
 from conserve_lab.engine_model.shared_spans import SharedSpans
@@ -61,17 +61,17 @@ class BlockPool:
         """Blocks somebody references."""
         return self._total - len(self._free)
 
-    def lookup(self, keys: Sequence[int]) -> list[int]:
-        """Return the cached blocks of the longest leading run of `keys`, without referencing them."""
+    def lookup(self, keys: Sequence[int], *, most: int | None = None) -> list[int]:
+        """Return the cached blocks of the longest leading run of `keys`, at most so many, without referencing them."""
         found: list[int] = []
-        at, end = 0, len(keys)
+        at, end = 0, len(keys) if most is None else min(most, len(keys))
         while at < end:
             block = self._block_of.get(keys[at])
             if block is None:
                 break
             stretch = self._shared.span_from(block) or self._free.run_from(block)
             if stretch is None:
-                return found + self._one_by_one(keys[at:])
+                return found + self._one_by_one(keys[at:end])
             count = self._cached(stretch, keys, at, end)
             found += stretch if count == len(stretch) else stretch[:count]
             at += count
@@ -140,11 +140,9 @@ class BlockPool:
         if count > len(self._free):
             return None
         taken = self._free.evict(count)
-        key_of, block_of = self._key_of, self._block_of
-        for block in taken:
-            key = key_of.pop(block, None)
-            if key is not None:
-                del block_of[key]
+        keys = [key for key in map(self._key_of.pop, taken, repeat(None)) if key is not None]
+        for key in keys:
+            del self._block_of[key]
         if self._keyless or self._seams:
             self._keyless.difference_update(taken)
             self._seams.difference_update(taken)
@@ -153,7 +151,7 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each block of one sequence, its tail first so that its tail is evicted first."""
         at, end = 0, len(blocks)
-        if not self._seams.isdisjoint(blocks):
+        if self._seams and not self._seams.isdisjoint(blocks):
             for run in reversed(self._apart(blocks)):
                 self._free.append(run)
             return
@@ -186,6 +184,10 @@ class BlockPool:
             behind: the block that comes before them in their sequence; None: they are its first.
         """
         block_of, key_of = self._block_of, self._key_of
+        if behind not in self._keyless and block_of.keys().isdisjoint(keys) and key_of.keys().isdisjoint(blocks):
+            block_of.update(zip(keys, blocks, strict=True))
+            key_of.update(zip(blocks, keys, strict=True))
+            return
         for block, key in zip(blocks, keys, strict=True):
             if key in block_of or block in key_of:
                 self._keyless.add(block)

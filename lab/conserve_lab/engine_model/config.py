@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 _US_PER_S = 1_000_000
 
@@ -53,21 +55,25 @@ class StepCost:
         """Return `step_us` of up to `steps` steps of nothing but decodes, each of which reads `decodes` tokens more.
 
         Args:
-            decodes: sequences, the same in all steps.
+            decodes: sequences, the same in all steps, at least one.
             context_tokens: what the first step reads.
             steps: how many at most.
             within_us: the last of them begins before so much time has passed.
         """
+        if steps < 1 or within_us < 1:
+            return []
         floor_us, base_us, per_token_ns = self.floor_us, self.base_us, self.decode_ns_per_context_token
         sequences_us = self.decode_us_per_sequence * decodes
-        durations: list[int] = []
-        passed_us = 0
-        while passed_us < within_us and len(durations) < steps:
-            work_us = base_us + per_token_ns * context_tokens // 1000
-            duration_us = (max(floor_us, work_us)) + sequences_us
-            durations.append(duration_us)
-            passed_us += duration_us
-            context_tokens += decodes
+        shortest_us = base_us + per_token_ns * context_tokens // 1000
+        floored = shortest_us < floor_us
+        shortest_us = max(floor_us, shortest_us) + sequences_us
+        most = min(steps, -(-within_us // shortest_us)) if shortest_us else steps  # steps only get longer
+        contexts = range(context_tokens, context_tokens + most * decodes, decodes)
+        base_us += sequences_us
+        durations = [base_us + per_token_ns * context // 1000 for context in contexts]
+        if floored:
+            durations = [max(floor_us + sequences_us, duration_us) for duration_us in durations]
+        del durations[bisect_left(list(accumulate(durations)), within_us) + 1 :]
         return durations
 
 

@@ -67,12 +67,13 @@ class FreeRuns:
         """Take the blocks that are free for longest; there must be as many."""
         self._blocks -= count
         taken: list[int] = []
-        while len(taken) < count:
+        while count:
             number, run = next(iter(self._runs.items()))
-            kept = max(len(run) - (count - len(taken)), 0)
-            taken += reversed(run[kept:])
-            if kept:
-                del run[kept:]
-            else:
-                del self._runs[number], self._number_of[run[0]]
+            if len(run) > count:
+                taken += run[: -count - 1 : -1]
+                del run[-count:]
+                break
+            taken += run[::-1]
+            count -= len(run)
+            del self._runs[number], self._number_of[run[0]]
         return taken

@@ -25,20 +25,20 @@ class HostTier:
     def put(self, keys: Sequence[int]) -> None:
         """Keep blocks, or note that they were used again."""
         kept = self._keys
-        for key in keys:
-            if key in kept:
-                kept.move_to_end(key)
-            else:
+        if kept.keys().isdisjoint(keys):
+            kept.update(dict.fromkeys(keys))
+        else:
+            for key in keys:
                 kept[key] = None
+                kept.move_to_end(key)
         while len(kept) > self._blocks:
             kept.popitem(last=False)
 
-    def leading(self, keys: Sequence[int], *, start: int) -> int:
-        """Return how many of `keys`, from position `start` on, are here without a gap."""
-        found = 0
-        for index in range(start, len(keys)):
-            if keys[index] not in self._keys:
-                break
-            self._keys.move_to_end(keys[index])
-            found += 1
+    def leading(self, keys: Sequence[int], *, start: int, end: int) -> int:
+        """Return how many of `keys`, from position `start` on and before `end`, are here without a gap."""
+        keys = keys[start:end]
+        here = list(map(self._keys.__contains__, keys))
+        found = here.index(False) if False in here else len(here)
+        for key in keys[:found]:
+            self._keys.move_to_end(key)
         return found

@@ -65,9 +65,11 @@ def block_events(
     events: list[tuple[int, bool, int]] = []
     for index, sequence in enumerate(running):
         first_full = block_size - sequence.computed % block_size
-        events += [(step, True, index) for step in range(first_full, steps + 1, block_size)]
+        if first_full <= steps:
+            events += [(step, True, index) for step in range(first_full, steps + 1, block_size)]
         # The block that token number `len(blocks) * block_size` (from 0) goes into is the first one missing.
         first_take = max(len(sequence.blocks) * block_size - sequence.computed, 0) + 1
-        events += [(step, False, index) for step in range(first_take, steps + 1, block_size)]
+        if first_take <= steps:
+            events += [(step, False, index) for step in range(first_take, steps + 1, block_size)]
     for step, full, index in sorted(events):
         yield step, full, running[index]

@@ -234,14 +234,17 @@ class EngineModel:
         # Unless nobody is: then a fetched request may go on with the blocks it owns.
         quiet = self.counters.preemptions == preemptions or not plan
         fetches = self._admit(plan, budget) if quiet else []
-        decodes = [work for work in plan if work.decode]
-        prefills = [work for work in plan if not work.decode]
-        prefill_tokens = sum(work.tokens for work in prefills)
-        pairs = sum(work.tokens * (2 * work.sequence.computed + work.tokens) // 2 for work in prefills)
+        decodes, prefill_tokens, pairs = len(ticking), 0, 0
         context_tokens = sum([sequence.computed for sequence in ticking])
-        context_tokens += sum(work.sequence.computed for work in decodes)
+        for work in plan:
+            if work.decode:
+                decodes += 1
+                context_tokens += work.sequence.computed
+            else:
+                prefill_tokens += work.tokens
+                pairs += work.tokens * (2 * work.sequence.computed + work.tokens) // 2
         duration_us = self.config.cost.step_us(
-            decodes=len(ticking) + len(decodes),
+            decodes=decodes,
             context_tokens=context_tokens,
             prefill_tokens=prefill_tokens,
             prefill_pairs=pairs,
@@ -255,7 +258,7 @@ class EngineModel:
             progress=tuple(progress),
             fetches=tuple(fetches),
             prefill_tokens=prefill_tokens,
-            decodes=len(ticking) + len(decodes),
+            decodes=decodes,
             context_tokens=context_tokens,
             expired=tuple(expired),
         )
@@ -390,13 +393,13 @@ class EngineModel:
         """Reference the cached prefix of a waiting request, if everything it knows would fit."""
         size = self.config.block_size
         limit = (sequence.known - 1) // size
-        hits = self._pool.lookup(sequence.request.block_keys[:limit])
+        hits = self._pool.lookup(sequence.request.block_keys, most=limit)
         new = self.config.blocks_for(sequence.known) - len(hits)
         if not self._pool.affords(hits, new):
             return False
         self._pool.reference(hits)
         if not sequence.request.pull:
-            sequence.host_blocks = self._host.leading(sequence.request.block_keys[:limit], start=len(hits))
+            sequence.host_blocks = self._host.leading(sequence.request.block_keys, start=len(hits), end=limit)
         sequence.blocks = hits
         sequence.computed = len(hits) * size
         sequence.published = len(hits)
