@@ -11,6 +11,8 @@ from conserve_lab.engine_model.free_runs import FreeRuns
 from conserve_lab.engine_model.shared_spans import SharedSpans
 
 _ABSENT = -1
+_FEW = 8
+"""More blocks than these are looked at together."""
 
 
 class _Held(Enum):
@@ -184,7 +186,7 @@ class BlockPool:
             behind: the block that comes before them in their sequence; None: they are its first.
         """
         block_of, key_of = self._block_of, self._key_of
-        if behind not in self._keyless and block_of.keys().isdisjoint(keys) and key_of.keys().isdisjoint(blocks):
+        if len(keys) > _FEW and behind not in self._keyless and self._all_new(blocks, keys):
             block_of.update(zip(keys, blocks, strict=True))
             key_of.update(zip(blocks, keys, strict=True))
             return
@@ -197,6 +199,9 @@ class BlockPool:
                 if behind in self._keyless:
                     self._seams.add(block)
             behind = block
+
+    def _all_new(self, blocks: Sequence[int], keys: Sequence[int]) -> bool:
+        return self._block_of.keys().isdisjoint(keys) and self._key_of.keys().isdisjoint(blocks)
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
         """Assert that references equal what `owners` hold, that no block is lost, and what runs and spans stand on.

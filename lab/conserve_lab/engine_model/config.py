@@ -64,15 +64,13 @@ class StepCost:
             return []
         floor_us, base_us, per_token_ns = self.floor_us, self.base_us, self.decode_ns_per_context_token
         sequences_us = self.decode_us_per_sequence * decodes
-        shortest_us = base_us + per_token_ns * context_tokens // 1000
-        floored = shortest_us < floor_us
-        shortest_us = max(floor_us, shortest_us) + sequences_us
+        shortest_us = max(floor_us, base_us + per_token_ns * context_tokens // 1000) + sequences_us
         most = min(steps, -(-within_us // shortest_us)) if shortest_us else steps  # steps only get longer
         contexts = range(context_tokens, context_tokens + most * decodes, decodes)
         base_us += sequences_us
         durations = [base_us + per_token_ns * context // 1000 for context in contexts]
-        if floored:
-            durations = [max(floor_us + sequences_us, duration_us) for duration_us in durations]
+        floored = bisect_left(durations, floor_us + sequences_us)
+        durations[:floored] = [floor_us + sequences_us] * floored
         del durations[bisect_left(list(accumulate(durations)), within_us) + 1 :]
         return durations
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+_FEW = 8
+"""More blocks than these are looked at together."""
+
 
 class HostTier:
     """Copies of computed blocks by key, least recently used first out (vLLM: `OffloadingConnector`).
@@ -25,7 +28,7 @@ class HostTier:
     def put(self, keys: Sequence[int]) -> None:
         """Keep blocks, or note that they were used again."""
         kept = self._keys
-        if kept.keys().isdisjoint(keys):
+        if len(keys) > _FEW and kept.keys().isdisjoint(keys):
             kept.update(dict.fromkeys(keys))
         else:
             for key in keys:

@@ -37,7 +37,7 @@ class Leap:
 
 def steps_without_end(running: Sequence[EngineSequence]) -> int:
     """Return how many steps it takes until just before the first of these decodes emits its last token."""
-    return min(sequence.request.output_tokens - sequence.emitted for sequence in running) - 1
+    return min([sequence.request.output_tokens - sequence.emitted for sequence in running]) - 1
 
 
 def steps_within_blocks(running: Sequence[EngineSequence], steps: int, *, free: int, block_size: int) -> int:
