@@ -222,7 +222,10 @@ class Agent:
     def _in_slices(self, engine: SimulatedEngine, *, held: int, then: Callable[[], None]) -> None:
         """Compute a long prompt but for its rest, which `then` sends as ever."""
         size = self._fleet.policy.slice_tokens
-        steps = cuts(self._prompt_tokens, held=held, size=size) if size else range(0)
+        if not size:
+            then()
+            return
+        steps = cuts(self._prompt_tokens, held=held, size=size)
         self._priority = self._fleet.kernel.now_us if steps else 0
 
         def send(tokens: int, done: Callable[[], None]) -> None:
