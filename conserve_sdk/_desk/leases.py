@@ -21,9 +21,9 @@ from conserve_sdk.core.units import (
     RequestId,
     Tokens,
 )
-from conserve_sdk.core.vocabulary import LeaseVerdict, SupersedeCause
+from conserve_sdk.core.vocabulary import LeaseVerdict, MoveReason, SupersedeCause
 from conserve_sdk.protocol import LeaseRequest, LeaseStatus, SupersedeRequest, TokenBody
-from conserve_sdk.tokens import LeaseClaims
+from conserve_sdk.tokens import HeldToken, LeaseClaims
 
 
 def request_lease(visit: Visit, body: LeaseRequest) -> Reply | RequestId:
@@ -117,20 +117,24 @@ def release_lease(visit: Visit, _: None) -> Reply:
     return Reply(status=204)
 
 
-def status_of(visit: Visit, claims: LeaseClaims, answer: LeaseAnswered) -> LeaseStatus:
+def status_of(visit: Visit, claims: LeaseClaims | HeldToken, answer: LeaseAnswered) -> LeaseStatus:
     """What became of one word from a holder, with a fresh token where one is due."""
     if answer.verdict is not LeaseVerdict.OK:
         return LeaseStatus(lease_id=claims.lease_id, verdict=answer.verdict.value)
     lease = answer.lease
     assert lease is not None, "an OK verdict names its lease"
+    news = {} if answer.move_reason is None else _directive(answer.move_reason)
     return LeaseStatus(
         lease_id=claims.lease_id,
-        verdict=answer.verdict.value,
+        verdict="ok",
         expires_in_ms=lease.expires_at_ms - visit.now_ms,
         token=visit.fresh_token(lease, claims),
-        directive=answer.directive.value,
-        directive_reason="" if answer.move_reason is None else answer.move_reason.value,
+        **news,
     )
+
+
+def _directive(reason: MoveReason) -> dict[str, str]:
+    return {"directive": "re_lease", "directive_reason": reason.value}
 
 
 def _header_token(visit: Visit) -> str:

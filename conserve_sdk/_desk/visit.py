@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from conserve_sdk._desk.outcome import Call, Outcome, Reply
 from conserve_sdk._desk.problems import bad_token, lease_unknown, refused
 from conserve_sdk._desk.wire import lease_grant
 from conserve_sdk.core import Broker
-from conserve_sdk.core.decisions import Decision, Granted, LeaseAnswered, Refused
+from conserve_sdk.core.decisions import Decision, Granted, LeaseAnswered, LeasesAnswered, Refused
 from conserve_sdk.core.events import (
     Event,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
+    LeasesRenewed,
     TurnFinished,
     TurnStarted,
 )
@@ -22,7 +23,7 @@ from conserve_sdk.core.lease import Activity, Lease, LeaseKey
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import LeaseId, Ms, RequestId, Tokens
 from conserve_sdk.core.vocabulary import LeaseVerdict
-from conserve_sdk.tokens import LeaseClaims, TokenError, TokenExpired, TokenSigner, claims_of
+from conserve_sdk.tokens import HeldToken, LeaseClaims, TokenError, TokenExpired, TokenSigner, claims_of
 
 READOPTED_RULE = "readopted"
 """What the receipt of a re-adopted lease says: the placement's own numbers were lost with the broker's state."""
@@ -108,7 +109,7 @@ class Visit:
         """
         return self._signer.sign(claims_of(lease, exp_ms=Ms(lease.expires_at_ms + lease.ttl_ms)))
 
-    def fresh_token(self, lease: Lease, held: LeaseClaims) -> str | None:
+    def fresh_token(self, lease: Lease, held: LeaseClaims | HeldToken) -> str | None:
         """A new token when the held one ends too early or says too little of the lease as it is now, else None."""
         drift_tokens = abs(lease.ledger_tokens - held.ledger_tokens)
         lasts = held.exp_ms >= lease.expires_at_ms
@@ -143,23 +144,40 @@ class Visit:
             raise bad_token(f"the token is for lease {claims.lease_id}, not for {lease_id[:64]}")
         return claims
 
+    def live_lease_of(self, token: str) -> tuple[HeldToken, Lease] | None:
+        """The live lease of a good token, as `claims` would find it but for less work; None: not that simple."""
+        try:
+            held = self._signer.recognise(token)
+        except TokenError:
+            return None
+        lease = self.core.lease(held.lease_id)
+        return None if lease is None or held.tenant != self.call.tenant else (held, lease)
+
     # ---- word from a holder -------------------------------------------------------------------------------------
 
     def tell(self, claims: LeaseClaims, event: HolderEvent) -> LeaseAnswered:
         """Applies word from a lease's holder; re-adopts the lease first when this broker does not know it."""
         if self.core.lease(claims.lease_id) is None:
-            readopted = self._answer(claims, LeaseReadopted(now_ms=self.now_ms, lease=self._lost_lease(claims)))
+            readopted = self.answer(claims.lease_id, LeaseReadopted(now_ms=self.now_ms, lease=self._lost_lease(claims)))
             if readopted.verdict is not LeaseVerdict.OK:
                 if isinstance(event, TurnFinished):
                     self.apply(event)  # its transfer counts, even when it is heard of after the lease
                 return readopted
-        return self._answer(claims, event)
+        return self.answer(claims.lease_id, event)
 
-    def _answer(self, claims: LeaseClaims, event: HolderEvent | LeaseReadopted) -> LeaseAnswered:
+    def answer(self, lease_id: LeaseId, event: HolderEvent | LeaseReadopted) -> LeaseAnswered:
+        """Applies word of a lease that the core may or may not know, and finds what it says to it."""
         for decision in self.apply(event):
-            if isinstance(decision, LeaseAnswered) and decision.lease_id == claims.lease_id:
+            if isinstance(decision, LeaseAnswered) and decision.lease_id == lease_id:
                 return decision
-        raise AssertionError(f"the core left {type(event).__name__} of {claims.lease_id} unanswered")
+        raise AssertionError(f"the core left {type(event).__name__} of {lease_id} unanswered")
+
+    def renew(self, lease_ids: Sequence[LeaseId]) -> tuple[LeaseAnswered, ...]:
+        """Applies the renewals of leases that this broker knows, in order."""
+        for decision in self.apply(LeasesRenewed(now_ms=self.now_ms, lease_ids=tuple(lease_ids))):
+            if isinstance(decision, LeasesAnswered):
+                return decision.answers
+        raise AssertionError("the core left renewals unanswered")
 
     def _lost_lease(self, claims: LeaseClaims) -> Lease:
         return Lease(

@@ -39,6 +39,8 @@ class _Move:
 def directive(state: State, lease: Lease) -> MoveReason | None:
     """What the holder of a live lease is told now; counted when it changes."""
     before = state.directives.get(lease.lease_id)
+    if before is None and _stays(state, lease):
+        return None
     move = _move_of(state, lease, lease.ledger_tokens, failed_engine_id=None)
     if move is None:
         if before is not None:
@@ -131,6 +133,22 @@ def _move_of(state: State, lease: Lease, need: int, *, failed_engine_id: EngineI
     if source.state is EngineState.READY and source.kv_capacity_tokens:
         return _move_for_load(state, source, lease, need, failed_engine_id)
     return None
+
+
+def _stays(state: State, lease: Lease) -> bool:
+    """Whether a lease that was told nothing yet need not be told to move: the usual case, known from little.
+
+    The engine's view, which every report outdates, is made only for leases that load could move.
+    """
+    if not state.settings.placement.re_lease:
+        return True
+    engine_state = state.fleet.state_of(lease.decoder.engine_id)
+    if engine_state is not EngineState.READY:
+        return engine_state is not EngineState.DRAINING
+    if _threshold_ppm(state, lease) is None:
+        return True
+    source = state.fleet.view(lease.decoder.engine_id)
+    return source is not None and host_of(source, state.settings.placement).level
 
 
 def _move_away(

@@ -3,10 +3,12 @@
 The `__init__` that `dataclass(frozen=True)` writes sets each field by a call of `object.__setattr__`, which makes an
 event or a lease of twenty fields cost as much as the decision about it. Here the new object is, while it is being
 filled, of a twin class with the same slots and no guard; then it becomes what it is. Nobody sees it before that.
+Copies with a few fields changed are made the same way; `dataclasses.replace` takes ten times as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
@@ -17,11 +19,7 @@ def quick_init(kind: type[T]) -> type[T]:
     """Give a frozen dataclass with slots and keyword-only fields a cheaper constructor. Nobody may derive from it."""
     assert not hasattr(kind, "__post_init__"), f"{kind.__name__} does more than fill its fields"
     all_fields = fields(kind)  # type: ignore[arg-type]  # a dataclass, which `type[T]` cannot say
-    names: dict[str, Any] = {
-        "_kind": kind,
-        "_twin": type(kind.__name__, (), {"__slots__": tuple(field.name for field in all_fields)}),
-        "_set": object.__setattr__,
-    }
+    names: dict[str, Any] = {"_kind": kind, "_twin": _twin_of(kind), "_set": object.__setattr__}
     parameters = [_parameter(field, names) for field in all_fields if field.init]
     lines = [
         f"def __init__(self, *, {', '.join(parameters)}):",
@@ -35,6 +33,27 @@ def quick_init(kind: type[T]) -> type[T]:
     init.__annotations__ = dict(kind.__init__.__annotations__)
     kind.__init__ = init  # type: ignore[method-assign]
     return kind
+
+
+def quick_copy(kind: type[T], *changing: str) -> Callable[..., T]:
+    """A function that copies an object of a frozen dataclass with slots; it takes the object, then these fields."""
+    names: dict[str, Any] = {"_kind": kind, "_new": object.__new__, "_twin": _twin_of(kind)}
+    kept = [field.name for field in fields(kind) if field.name not in changing]  # type: ignore[arg-type]  # as above
+    lines = [
+        f"def copy(old, {', '.join(changing)}):",
+        "    made = _new(_twin)",
+        *(f"    made.{name} = old.{name}" for name in kept),
+        *(f"    made.{name} = {name}" for name in changing),
+        "    made.__class__ = _kind",
+        "    return made",
+    ]
+    exec("\n".join(lines), names)  # noqa: S102  # see above
+    copy: Callable[..., T] = names["copy"]
+    return copy
+
+
+def _twin_of(kind: type[Any]) -> type[Any]:
+    return type(kind.__name__, (), {"__slots__": tuple(field.name for field in fields(kind))})
 
 
 def _parameter(field: Field[Any], names: dict[str, Any]) -> str:

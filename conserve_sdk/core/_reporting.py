@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from conserve_sdk.core._granting import answer_waiting
 from conserve_sdk.core._moving import directive
-from conserve_sdk.core._state import State
-from conserve_sdk.core.decisions import LeaseAnswered, LeaseDropped
+from conserve_sdk.core._state import State, yes
+from conserve_sdk.core.decisions import LeaseAnswered, LeaseDropped, LeasesAnswered
 from conserve_sdk.core.events import (
     JournalFollowed,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
+    LeasesRenewed,
     Recovered,
     TurnFinished,
     TurnStarted,
@@ -24,11 +25,17 @@ from conserve_sdk.core.vocabulary import DropReason, EngineState, LeaseVerdict
 def renew(state: State, event: LeaseRenewed) -> None:
     """Extend a lease. A parked one stays parked: only a turn or a new request brings it back."""
     lease = _live(state, event.lease_id)
-    if lease is None:
-        return
-    state.counters.renewed += 1
-    lease = lease if lease.activity is Activity.PARKED else state.extend(lease)
-    state.answer_ok(lease, directive(state, lease))
+    if lease is not None:
+        state.out.append(_renewed(state, lease))
+
+
+def renew_all(state: State, event: LeasesRenewed) -> None:
+    """Extend each lease. One decision for all of them, for which there may be five hundred."""
+    decisions, answers = state.out, []
+    for lease_id in event.lease_ids:
+        lease = state.leases.get(lease_id)
+        answers.append(state.no(lease_id) if lease is None else _renewed(state, lease))
+    decisions.append(LeasesAnswered(answers=tuple(answers)))
 
 
 def turn_started(state: State, event: TurnStarted) -> None:
@@ -100,11 +107,11 @@ def readopt(state: State, event: LeaseReadopted) -> None:
         state.answer_ok(live)
         return
     if state.tombstones.get(lease.lease_id) is not None or lease.expires_at_ms <= state.now_ms:
-        state.answer_dead(lease.lease_id)
+        state.out.append(state.no(lease.lease_id))
         return
     rival = state.leases.live_of(lease.key)
     if rival is not None and rival.epoch >= lease.epoch:
-        state.answer_superseded(lease.lease_id, lease.key)
+        state.out.append(state.superseded(lease.lease_id, lease.key))
         return
     verdict = _hindrance(state, lease, rival)
     if verdict is not None:
@@ -165,8 +172,14 @@ def expire_due(state: State) -> None:
 def _live(state: State, lease_id: LeaseId) -> Lease | None:
     lease = state.leases.get(lease_id)
     if lease is None:
-        state.answer_dead(lease_id)
+        state.out.append(state.no(lease_id))
     return lease
+
+
+def _renewed(state: State, lease: Lease) -> LeaseAnswered:
+    state.counters.renewed += 1
+    lease = lease if lease.activity is Activity.PARKED else state.extend(lease)
+    return yes(lease, directive(state, lease))
 
 
 def _change(

@@ -112,11 +112,7 @@ class State:
     def extend(self, lease: Lease) -> Lease:
         """Renew: the lease lives a full TTL from now; never shorter than it did. Not journaled, grace covers it."""
         expires_at_ms = self.extended_ms(lease)
-        if expires_at_ms == lease.expires_at_ms:
-            return lease
-        extended = lease.until(expires_at_ms)
-        self.leases.replace(extended)
-        return extended
+        return lease if expires_at_ms == lease.expires_at_ms else self.leases.prolong(lease, expires_at_ms)
 
     def drop(self, lease: Lease, reason: DropReason) -> None:
         """A lease ends, for whatever reason."""
@@ -171,39 +167,39 @@ class State:
     # ---- answers ----
 
     def answer_ok(self, lease: Lease, move: MoveReason | None = None) -> None:
-        """Say yes, with the lease as it is now, and whether it should move before its next turn."""
-        self.out.append(
-            LeaseAnswered(
-                lease_id=lease.lease_id,
-                verdict=LeaseVerdict.OK,
-                lease=lease,
-                directive=Directive.NONE if move is None else Directive.RE_LEASE,
-                move_reason=move,
-            )
-        )
+        """Say yes; see `yes`."""
+        self.out.append(yes(lease, move))
 
-    def answer_dead(self, lease_id: LeaseId) -> None:
-        """Say what became of a lease that is not live."""
+    def no(self, lease_id: LeaseId) -> LeaseAnswered:
+        """The answer that a lease is not live, and what became of it."""
         ended = self.tombstones.get(lease_id)
         if ended is None:
-            self.out.append(LeaseAnswered(lease_id=lease_id, verdict=LeaseVerdict.UNKNOWN))
-        elif ended[0] is DropReason.SUPERSEDED:
-            self.answer_superseded(lease_id, ended[1])
-        else:
-            self.out.append(LeaseAnswered(lease_id=lease_id, verdict=_VERDICTS[ended[0]]))
+            return LeaseAnswered(lease_id=lease_id, verdict=LeaseVerdict.UNKNOWN)
+        if ended[0] is DropReason.SUPERSEDED:
+            return self.superseded(lease_id, ended[1])
+        return LeaseAnswered(lease_id=lease_id, verdict=_VERDICTS[ended[0]])
 
-    def answer_superseded(self, lease_id: LeaseId, key: LeaseKey) -> None:
-        """Say that another lease of the key took over, and which, if it still lives."""
+    def superseded(self, lease_id: LeaseId, key: LeaseKey) -> LeaseAnswered:
+        """The answer that another lease of the key took over, and which, if it still lives."""
         live = self.leases.live_of(key)
-        self.out.append(
-            LeaseAnswered(
-                lease_id=lease_id,
-                verdict=LeaseVerdict.SUPERSEDED,
-                successor=None if live is None else live.lease_id,
-            )
+        return LeaseAnswered(
+            lease_id=lease_id,
+            verdict=LeaseVerdict.SUPERSEDED,
+            successor=None if live is None else live.lease_id,
         )
 
     def tell(self, changed: EngineStateChanged | None) -> None:
         """Pass on a change of an engine's state."""
         if changed is not None:
             self.out.append(changed)
+
+
+def yes(lease: Lease, move: MoveReason | None = None) -> LeaseAnswered:
+    """The answer that a lease lives, as it is now, and whether it should move before its next turn."""
+    return LeaseAnswered(
+        lease_id=lease.lease_id,
+        verdict=LeaseVerdict.OK,
+        lease=lease,
+        directive=Directive.NONE if move is None else Directive.RE_LEASE,
+        move_reason=move,
+    )

@@ -30,6 +30,7 @@ _HANDLERS: dict[type[Any], Callable[[State, Any], None]] = {
     events.SupersedeRequested: _granting.supersede,
     events.RequestCancelled: _granting.cancel,
     events.LeaseRenewed: _reporting.renew,
+    events.LeasesRenewed: _reporting.renew_all,
     events.TurnStarted: _reporting.turn_started,
     events.TurnFinished: _reporting.turn_finished,
     events.LeaseParked: _reporting.park,

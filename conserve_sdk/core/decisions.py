@@ -64,6 +64,14 @@ class LeaseAnswered:
 
 @quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesAnswered:
+    """Answers to a `LeasesRenewed`, in its order."""
+
+    answers: tuple[LeaseAnswered, ...]
+
+
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseStored:
     """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them)."""
 
@@ -91,4 +99,6 @@ class EngineStateChanged:
     detail: str
 
 
-Decision = Granted | Refused | Waiting | LeaseAnswered | LeaseStored | LeaseDropped | EngineStateChanged
+Decision = (
+    Granted | Refused | Waiting | LeaseAnswered | LeasesAnswered | LeaseStored | LeaseDropped | EngineStateChanged
+)

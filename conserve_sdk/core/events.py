@@ -211,6 +211,19 @@ class LeaseRenewed:
 
 @quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeasesRenewed:
+    """Holders are alive: a `LeaseRenewed` for each of these leases, in order, at one instant and for less work.
+
+    Attributes:
+        lease_ids: whose; one that is named twice is renewed twice.
+    """
+
+    now_ms: Ms
+    lease_ids: tuple[LeaseId, ...]
+
+
+@quick_init
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnStarted:
     """A turn was sent to the engines; counts as a renewal."""
 
@@ -336,6 +349,7 @@ Event = (
     | SupersedeRequested
     | RequestCancelled
     | LeaseRenewed
+    | LeasesRenewed
     | TurnStarted
     | TurnFinished
     | EngineFailureReported

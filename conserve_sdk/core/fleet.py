@@ -90,6 +90,11 @@ class Fleet:
         """One engine, or None when it is not configured. Views are kept until something of the engine changes."""
         return self._views.get(engine_id) or self._fresh_view(engine_id) if engine_id in self._engines else None
 
+    def state_of(self, engine_id: EngineId) -> EngineState | None:
+        """The state of an engine, or None when it is not configured."""
+        engine = self._engines.get(engine_id)
+        return None if engine is None else engine.state
+
     def views(self) -> tuple[EngineView, ...]:
         """All engines, ordered by id."""
         return self._views_of(tuple(sorted(self._engines)))

@@ -39,6 +39,7 @@ class Host:
         base_load, token_load: load without this lease, and of each of its tokens; times capacity times 10^6.
         used_ppm: active KV over capacity.
         gated: whether it is a prefiller that prefills too much to host.
+        level: whether no lease moves away because of its load: no load is below 0, so no gap is that wide.
         rules: by which it was weighed.
         verdict: see `CandidateView`.
     """
@@ -53,6 +54,7 @@ class Host:
     token_load: int
     used_ppm: int
     gated: bool
+    level: bool
     rules: PlacementSettings
     verdict: str = ""
 
@@ -161,6 +163,7 @@ def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> H
         room = min(limit - active, leased_limit - leased)
         if view.max_model_len_tokens:
             room = min(room, view.max_model_len_tokens + rules.reserve_tokens)
+    base_load = active * MILLION + rules.leased_weight_ppm * leased + constant * capacity
     return Host(
         view,
         active,
@@ -168,9 +171,10 @@ def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> H
         limit,
         leased_limit,
         room,
-        base_load=active * MILLION + rules.leased_weight_ppm * leased + constant * capacity,
+        base_load=base_load,
         token_load=MILLION + rules.leased_weight_ppm,
         used_ppm=active * MILLION // max(capacity, 1),
         gated=gated,
+        level=not gated and base_load <= rules.move_threshold_ppm * capacity,
         rules=rules,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
-from conserve_sdk.core._quick import quick_init
+from conserve_sdk.core._quick import quick_copy, quick_init
 from conserve_sdk.core.receipt import Receipt
 from conserve_sdk.core.units import (
     ConversationId,
@@ -102,16 +102,15 @@ class Lease:
     turns: int = 0
     migrations: int = 0
 
+    def names_engine(self, engine_id: str) -> bool:
+        """Whether it binds this engine, as prefiller or decoder."""
+        return engine_id == self.decoder.engine_id or (
+            self.prefiller is not None and engine_id == self.prefiller.engine_id
+        )
+
     def until(self, expires_at_ms: Ms) -> Lease:
         """The same lease with another end."""
-        return self.after(
-            expires_at_ms=expires_at_ms,
-            activity=self.activity,
-            activity_since_ms=self.activity_since_ms,
-            ledger_tokens=self.ledger_tokens,
-            turns=self.turns,
-            migrations=self.migrations,
-        )
+        return _until(self, expires_at_ms)
 
     def after(
         self,
@@ -123,24 +122,9 @@ class Lease:
         turns: int,
         migrations: int,
     ) -> Lease:
-        """The lease after a change of anything that may change. Spelled out: `replace` takes five times as long."""
-        return Lease(
-            lease_id=self.lease_id,
-            key=self.key,
-            epoch=self.epoch,
-            mode=self.mode,
-            prefiller=self.prefiller,
-            decoder=self.decoder,
-            granted_at_ms=self.granted_at_ms,
-            ttl_ms=self.ttl_ms,
-            expires_at_ms=expires_at_ms,
-            ledger_tokens=ledger_tokens,
-            hold_ms=self.hold_ms,
-            append_threshold_tokens=self.append_threshold_tokens,
-            supersedes=self.supersedes,
-            receipt=self.receipt,
-            activity=activity,
-            activity_since_ms=activity_since_ms,
-            turns=turns,
-            migrations=migrations,
-        )
+        """The lease after a change of anything that may change."""
+        return _after(self, expires_at_ms, activity, activity_since_ms, ledger_tokens, turns, migrations)
+
+
+_until = quick_copy(Lease, "expires_at_ms")
+_after = quick_copy(Lease, "expires_at_ms", "activity", "activity_since_ms", "ledger_tokens", "turns", "migrations")

@@ -8,15 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from conserve_sdk.core import (
+    Decision,
     EngineId,
+    LeaseAnswered,
     LeaseParked,
     LeaseReadopted,
     LeaseReleased,
     LeaseRenewed,
+    LeasesAnswered,
+    LeasesRenewed,
     Ms,
     PrefixKey,
     RequestCancelled,
     SupersedeCause,
+    TimerFired,
     Tokens,
     TurnStarted,
 )
@@ -112,6 +117,23 @@ class ClientRules(MachineBase):
     @rule(pick=CHOICE, live=st.booleans())
     def renew(self, pick: int, live: bool) -> None:
         self._apply(LeaseRenewed(now_ms=Ms(self.now_ms), lease_id=self._pick(pick, live=live).lease_id))
+
+    @precondition(lambda self: self.oracle.first)
+    @rule(picks=st.lists(st.tuples(CHOICE, st.booleans()), max_size=4))
+    def renew_many(self, picks: list[tuple[int, bool]]) -> None:
+        """A batch of renewals is what they are one by one, which the twin takes them."""
+        now_ms = Ms(self.now_ms)
+        lease_ids = tuple(self._pick(pick, live=live).lease_id for pick, live in picks)
+        together = self.broker.apply(LeasesRenewed(now_ms=now_ms, lease_ids=lease_ids))
+        singly: list[Decision] = []
+        for event in [LeaseRenewed(now_ms=now_ms, lease_id=each) for each in lease_ids] or [TimerFired(now_ms=now_ms)]:
+            decisions = self.twin.apply(event)
+            self.oracle.follow(event, decisions)
+            singly += decisions
+        (batch,) = [each for each in together if isinstance(each, LeasesAnswered)]
+        assert list(batch.answers) == [each for each in singly if isinstance(each, LeaseAnswered)]
+        others = [each for each in singly if not isinstance(each, LeaseAnswered)]
+        assert [each for each in together if each is not batch] == others
 
     @precondition(lambda self: self.oracle.first)
     @rule(pick=CHOICE, tokens=SIZES)

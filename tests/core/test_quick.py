@@ -53,7 +53,7 @@ def test_copies(copied) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_a_changed_lease_is_a_replaced_one() -> None:
-    """`after` names every field by hand; a field that it forgot would show here."""
+    """A field that `after` or `until` forgot would show here."""
     changes = {"expires_at_ms": Ms(7), "activity_since_ms": Ms(8), "ledger_tokens": 9, "turns": 3, "migrations": 1}
     changed = LEASE.after(activity=LEASE.activity, **changes)  # type: ignore[arg-type]
     assert changed == replace(LEASE, **changes)  # type: ignore[arg-type]

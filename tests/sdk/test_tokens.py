@@ -275,17 +275,34 @@ def test_engines_that_the_lease_binds() -> None:
     assert not dataclasses.replace(CLAIMS, prefiller=None).names_engine("p0")
 
 
-def test_what_was_checked_once_still_ends_and_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conserve_sdk.tokens._REMEMBERED_MAX", 2)
+def test_tokens_are_recognised_without_another_check_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conserve_sdk.tokens._REMEMBERED_MAX", 4)
     signer = TokenSigner([NEW])
-    tokens = [signer.sign(dataclasses.replace(CLAIMS, turns=turns)) for turns in range(4)]
+    tokens = [signer.sign(dataclasses.replace(CLAIMS, migrations=number)) for number in range(6)]
+    checks: list[str] = []
+    check = signer._check
+    monkeypatch.setattr(signer, "_check", lambda token: checks.append(token) or check(token))
+    for number, token in enumerate(tokens):
+        assert [signer.recognise(token).migrations for _ in range(2)] == [number, number]
+    assert checks == tokens
+    assert len(signer._held) == 4
+    assert signer.recognise(tokens[2]).migrations == 2  # of the older generation, now of the younger
+    assert checks == tokens
+    signer.recognise(tokens[0])
+    assert checks == [*tokens, tokens[0]]
+    held = signer.recognise(tokens[2])
+    assert (held.lease_id, held.tenant, held.ledger_tokens) == (CLAIMS.lease_id, CLAIMS.tenant, CLAIMS.ledger_tokens)
+    assert held.exp_ms == CLAIMS.exp_ms
+    assert len(checks) == 7
+
+
+@pytest.mark.parametrize(("kept", "added"), [(None, "A"), (-2, ""), (None, "é")])
+def test_what_is_no_token_is_not_recognised_even_after_the_good_one(kept: int | None, added: str) -> None:
+    token = SIGNER.sign(CLAIMS)
+    SIGNER.recognise(token)
     for _ in range(2):
-        assert [signer.verify(token, now_ms=BEFORE).turns for token in tokens] == [0, 1, 2, 3]
-    assert len(signer._checked) == 2
-    with pytest.raises(TokenExpired):
-        signer.verify(tokens[-1], now_ms=CLAIMS.exp_ms)
-    with pytest.raises(TokenInvalid):
-        signer.verify(tokens[-1] + "A", now_ms=BEFORE)
+        with pytest.raises(TokenInvalid):
+            SIGNER.recognise(token[:kept] + added)
 
 
 def test_another_jwt_library_agrees() -> None:
