@@ -116,7 +116,11 @@ class CandidateInfo(_Wire):
 
 
 class DecisionInfo(_Wire):
-    """Receipt of a placement; see `conserve_sdk.core.Receipt`."""
+    """Receipt of a placement; see `conserve_sdk.core.Receipt`.
+
+    Attributes:
+        candidates: the engines that were weighed; in explanations and refusals, not in grants.
+    """
 
     preset: str
     rule: str

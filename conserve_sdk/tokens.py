@@ -53,8 +53,8 @@ TOKEN_CHARS_MAX = 4096
 SECRET_BYTES_MIN = 32
 """HS256 wants a key at least as long as its digest (RFC 7518 section 3.2)."""
 
-_REMEMBERED_MAX = 65_536
-"""About 20 MB at most."""
+_REMEMBERED_MAX = 262_144
+"""Tokens of more leases than one broker should have; about 300 bytes each."""
 _ISSUER = "conserve"
 _VERSION = 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from conserve_sdk.core import Advice, Broker, EngineView
 from conserve_sdk.core.lease import EngineBinding, Lease
 from conserve_sdk.core.receipt import Receipt
@@ -23,14 +25,26 @@ RENEWALS_PER_TTL = 3
 """Clients renew at a third of the TTL, so that two lost renewals in a row cost nothing."""
 
 
+@lru_cache(maxsize=4_096)
 def binding_info(binding: EngineBinding) -> Binding:
-    """One engine as a lease names it."""
+    """One engine as a lease names it: there are few engines and many leases."""
     return Binding.model_validate(binding, from_attributes=True)
 
 
 def decision_info(receipt: Receipt) -> DecisionInfo:
-    """A placement's receipt. Read by pydantic, field by field of the same name: it is the longest part of a grant."""
+    """A placement's receipt, whole. Read by pydantic, field by field of the same name."""
     return DecisionInfo.model_validate(receipt, from_attributes=True)
+
+
+def decision_summary(receipt: Receipt) -> DecisionInfo:
+    """What a grant says of its receipt: which rule fired, not what was read of the other engines."""
+    return DecisionInfo(
+        preset=receipt.preset,
+        rule=receipt.rule,
+        prefill_rule=receipt.prefill_rule,
+        need_tokens=receipt.need_tokens,
+        waited_ms=receipt.waited_ms,
+    )
 
 
 def lease_grant(lease: Lease, *, token: str, now_ms: Ms, reused: bool) -> LeaseGrant:
@@ -56,7 +70,7 @@ def lease_grant(lease: Lease, *, token: str, now_ms: Ms, reused: bool) -> LeaseG
         activity=lease.activity.value,
         reused=reused,
         token=token,
-        decision=decision_info(lease.receipt),
+        decision=decision_summary(lease.receipt),
     )
 
 

@@ -208,8 +208,10 @@ def _over_bounds(state: State, pending: Pending) -> bool:
 
 def _replaced(state: State, pending: Pending) -> Lease | None:
     """The live lease this request replaces: compare-and-set on id and epoch."""
+    if pending.replacing is None:
+        return None
     live = state.leases.live_of(pending.key)
-    if live is None or pending.replacing is None:
+    if live is None:
         return None
     return live if (live.lease_id, live.epoch) == (pending.replacing.lease_id, pending.replacing.epoch) else None
 

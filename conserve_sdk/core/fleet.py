@@ -74,10 +74,13 @@ class Fleet:
         self._settings = settings
         self._occupancy = occupancy
         self._engines: dict[EngineId, _Engine] = {}
-        self._of_model: dict[ModelName, tuple[EngineId, ...]] = {}
+        self._of_model: dict[ModelName, dict[EngineId, int]] = {}
+        """Ordered by id; with each engine's place in that order."""
         self._views: dict[EngineId, EngineView] = {}
         self._listed: dict[ModelName, tuple[EngineView, ...]] = {}
-        """`views_of_model`, until any view changes; the decisions of one event ask for it several times."""
+        """`views_of_model`, as asked for last: every decision asks for it, and few of a large fleet's views change."""
+        self._outdated: dict[ModelName, dict[EngineId, None]] = {}
+        """Engines whose views in `_listed` are old ones."""
         self._failing: dict[EngineId, None] = {}
         self._observations = count(1)
         self._never_gone_before_ms = Ms(0)
@@ -101,9 +104,14 @@ class Fleet:
 
     def views_of_model(self, model: ModelName) -> tuple[EngineView, ...]:
         """The engines configured for a model, ordered by id."""
-        views = self._listed.get(model)
+        views, outdated = self._listed.get(model), self._outdated.pop(model, None)
         if views is None:
-            views = self._listed[model] = self._views_of(self._of_model.get(model, ()))
+            views = self._listed[model] = self._views_of(tuple(self._of_model.get(model, ())))
+        elif outdated:
+            places, listed = self._of_model[model], list(views)
+            for engine_id in outdated:
+                listed[places[engine_id]] = self._views.get(engine_id) or self._fresh_view(engine_id)
+            views = self._listed[model] = tuple(listed)
         return views
 
     def next_deadline_ms(self) -> Ms | None:
@@ -223,7 +231,7 @@ class Fleet:
         view = self._views.pop(engine_id, None)
         if view is not None:
             view.derived.clear()  # some of it refers to the view: a cycle that only the collector would end
-        self._listed.clear()
+            self._outdated.setdefault(view.spec.model, {})[engine_id] = None
 
     def dispatch_prefill(self, lease: Lease, *, tokens: Tokens, now_ms: Ms) -> None:
         """The first turn of a fresh lease is on its way to the engine that prefills it."""
@@ -297,12 +305,13 @@ class Fleet:
         self._prune_at_ms = Ms(min(oldest) + max_age_ms) if oldest else None
 
     def _index(self) -> None:
-        of_model: dict[ModelName, tuple[EngineId, ...]] = {}
+        of_model: dict[ModelName, dict[EngineId, int]] = {}
         for engine_id in sorted(self._engines):
-            model = self._engines[engine_id].spec.model
-            of_model[model] = (*of_model.get(model, ()), engine_id)
+            places = of_model.setdefault(self._engines[engine_id].spec.model, {})
+            places[engine_id] = len(places)
         self._of_model = of_model
         self._listed.clear()
+        self._outdated.clear()
 
     def _views_of(self, engine_ids: tuple[EngineId, ...]) -> tuple[EngineView, ...]:
         return tuple([self._views.get(engine_id) or self._fresh_view(engine_id) for engine_id in engine_ids])

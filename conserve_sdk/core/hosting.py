@@ -76,8 +76,10 @@ def hosts_of(
     for view in engines:
         spec = view.spec
         if prefillers_too or spec.role is not Role.PREFILLER:
-            freed = freed_tokens if spec.engine_id == freed_engine_id else 0
-            hosts.append(_weighed(view, rules, freed) if freed else host_of(view, rules))
+            if freed_tokens and spec.engine_id == freed_engine_id:
+                hosts.append(_weighed(view, rules, freed_tokens))
+            else:
+                hosts.append(host_of(view, rules))
     return hosts
 
 

@@ -173,15 +173,19 @@ def _uncached(view: EngineView, input_tokens: int, cached: Mapping[EngineId, Tok
 def _verdict(view: EngineView, decoder: EngineView, input_tokens: int, settings: BrokerSettings, now_ms: Ms) -> str:
     if view.state is not EngineState.READY:
         return view.state.value
-    if not view.observed_within(settings.observation_max_age_ms, now_ms=now_ms):
+    seen_ms = view.observed_at_ms
+    if seen_ms is None or now_ms - seen_ms > settings.observation_max_age_ms:
         return "stale"
     group = view.spec.transfer_group
     if not group or group != decoder.spec.transfer_group:
         return "no_common_transfer_group"
     if view.block_size_tokens != decoder.block_size_tokens:
         return "block_size_differs"
-    longest = [bound for bound in (view.kv_capacity_tokens, view.max_model_len_tokens) if bound]
-    return "prompt_too_long" if longest and input_tokens > min(longest) else "fits"
+    unknown = input_tokens  # a bound that is 0 is not known, and then there is none
+    fits = input_tokens <= (view.kv_capacity_tokens or unknown) and input_tokens <= (
+        view.max_model_len_tokens or unknown
+    )
+    return "fits" if fits else "prompt_too_long"
 
 
 def _why_none(weighed: Sequence[Weighed]) -> str:
