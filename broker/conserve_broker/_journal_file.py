@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -65,8 +65,8 @@ class Fenced(JournalError):  # noqa: N818  # says what happened, like the store'
 class RowStore(Protocol):
     """Where rows are kept; one thread at a time uses it. `JournalError` is what its methods raise."""
 
-    def rows(self) -> Sequence[str]:
-        """Every lease's row, ordered by id."""
+    def rows(self) -> Iterable[str]:
+        """Every lease's row, in no order and one at a time: what came of one need not wait in memory for the others."""
 
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""
@@ -172,9 +172,13 @@ class JournalFile:
             damaged=code in _DAMAGED,
         )
 
-    def rows(self) -> Sequence[str]:
-        """Every lease's row, ordered by id."""
-        return [row for (row,) in self._read("SELECT row FROM lease ORDER BY lease_id")]
+    def rows(self) -> Iterator[str]:
+        """Every lease's row, as they lie in the file: in the order of ids, each would be on another page."""
+        try:
+            for (row,) in self._db.execute("SELECT row FROM lease"):
+                yield row
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
 
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""

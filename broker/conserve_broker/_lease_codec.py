@@ -7,17 +7,14 @@ most of the row and hardly ever read: a broker that recovers leaves it as text u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from conserve_sdk.core._quick import quick_make
 from conserve_sdk.core.lease import Activity, Lease, LeaseKey, Mode, binding_of
 from conserve_sdk.core.receipt import CandidateView, Receipt
-
-_D = TypeVar("_D", Lease, LeaseKey)
 
 _LEASE = (
     "lease_id", "key", "epoch", "mode", "prefiller", "decoder", "activity", "granted_at_ms", "ttl_ms", "expires_at_ms",
@@ -61,17 +58,15 @@ def decode(row: str) -> Lease:
             receipt = _receipt(values.pop(_RECEIPT_AT))
         lease_id, key, epoch, mode, prefiller, decoder, activity, *rest = values
         return _lease(
-            (
-                lease_id,
-                _key(key),
-                epoch,
-                _MODES[mode],
-                prefiller and binding_of(*prefiller),
-                binding_of(*decoder),
-                _ACTIVITIES[activity],
-                *rest,
-                receipt,
-            )
+            lease_id,
+            _key(*key),
+            epoch,
+            _MODES[mode],
+            prefiller and binding_of(*prefiller),
+            binding_of(*decoder),
+            _ACTIVITIES[activity],
+            *rest,
+            receipt,
         )
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"not a lease: {error!r}") from error
@@ -122,27 +117,11 @@ def _receipt(values: list[Any]) -> Receipt:
     )
 
 
-def _maker(kind: type[_D], names: tuple[str, ...]) -> Callable[[Iterable[Any]], _D]:
-    """A constructor that fills the slots directly, in the order of the row."""
-    if set(names) != {field.name for field in fields(kind)}:
-        raise AssertionError(f"the journal's format does not cover {kind.__name__}")
-    setters = tuple(getattr(kind, name).__set__ for name in names)
-    new = object.__new__
-
-    def make(values: Iterable[Any]) -> _D:
-        made = new(kind)
-        for set_slot, value in zip(setters, values, strict=True):
-            set_slot(made, value)
-        return made
-
-    return make
-
-
 _lease_values = attrgetter(*_LEASE)
 _key_values = attrgetter(*_KEY)
 _binding_values = attrgetter(*_BINDING)
 _receipt_values = attrgetter(*_RECEIPT)
 _MODES = {mode.value: mode for mode in Mode}
 _ACTIVITIES = {activity.value: activity for activity in Activity}
-_lease = _maker(Lease, _LEASE)
-_key = _maker(LeaseKey, _KEY)
+_lease = quick_make(Lease, *_LEASE)
+_key = quick_make(LeaseKey, *_KEY)

@@ -161,6 +161,7 @@ class Life:
             ws="none",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # who a client is, its key says
             server_header=False,
             http=bounded_protocol(
                 request_timeout_s=config.listen.request_timeout_ms / 1000,

@@ -64,9 +64,10 @@ Change = LeaseStored | LeaseDropped | DrainFlag | EngineRow
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was found at the start, ordered by id.
+    """What was found at the start.
 
     Attributes:
+        leases: in no order.
         engines: rows of engines that no configuration file names.
         core: holds the leases already; a standby's, which followed the leader that wrote them.
     """

@@ -272,10 +272,9 @@ class LeaderRows:
         self._claim = claim
         self._fenced = fenced
 
-    def rows(self) -> Sequence[str]:
-        """Every lease's row, ordered by id."""
-        found = self._store.lease_rows()
-        return [found[lease_id] for lease_id in sorted(found)]
+    def rows(self) -> Iterable[str]:
+        """Every lease's row."""
+        return self._store.lease_rows().values()
 
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""

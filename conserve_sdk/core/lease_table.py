@@ -71,9 +71,9 @@ class LeaseTable:
     def add(self, lease: Lease) -> None:
         """A lease goes live. Its id must be new and its key free."""
         assert lease.lease_id not in self._by_id, f"lease id {lease.lease_id} is already live"
-        assert lease.key not in self._by_key, f"{lease.key} already has a live lease"
+        holder = self._by_key.setdefault(lease.key, lease.lease_id)
+        assert holder == lease.lease_id, f"{lease.key} already has a live lease"
         self._by_id[lease.lease_id] = lease
-        self._by_key[lease.key] = lease.lease_id
         self._by_decoder.setdefault(lease.decoder.engine_id, {})[lease.lease_id] = None
         self._of_tenant[lease.key.tenant] = self.count_of(lease.key.tenant) + 1
         self._schedule(lease)

@@ -103,7 +103,7 @@ class TestGroups:
         assert told == [True, True]
         store.write(new, {"l2": "r2"}, {}, {})
         assert (store.lease_rows(), store.draining(), store.engines()) == ({"l2": "r2"}, [], [])
-        assert rows.rows() == ["r2"]
+        assert list(rows.rows()) == ["r2"]
         assert (rows.draining(), rows.engines()) == ([], [])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from conserve_sdk import core
 from conserve_sdk.core import BrokerCounters, Finding, Lease, Ms, TurnFinished, WaitingRequest
-from conserve_sdk.core._quick import quick_init
+from conserve_sdk.core._quick import quick_init, quick_make
 from tests.core.world import World
 
 LEASE = World().grant("c")
@@ -88,3 +88,10 @@ def test_a_constructor_that_does_more_is_left_alone() -> None:
         @dataclass(frozen=True, slots=True, kw_only=True)
         class Made:
             x: list[int] = field(default_factory=list)
+
+
+def test_a_constructor_by_place_takes_every_field_and_no_other() -> None:
+    point = quick_make(Point, "notes", "y", "x")(["a"], 3, 1)
+    assert (point, point.notes) == (Point(x=1, y=3), ["a"])
+    with pytest.raises(AssertionError, match="not the fields of Point: x, y"):
+        quick_make(Point, "x", "y")
