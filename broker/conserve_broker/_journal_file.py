@@ -12,30 +12,39 @@ import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x436F5376
 """`CoSv` in the header of the file says whose it is."""
 
 _SCHEMA = f"""
-CREATE TABLE lease (lease_id TEXT PRIMARY KEY, row TEXT NOT NULL);
+CREATE TABLE lease (lease_id TEXT PRIMARY KEY, row TEXT NOT NULL, candidates TEXT);
 CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE proof (block BLOB NOT NULL);
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+_APART = f"""
+ALTER TABLE lease ADD COLUMN candidates TEXT;
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
 _UPGRADES = {
     1: f"""
 CREATE TABLE engine (engine_id TEXT PRIMARY KEY, row TEXT NOT NULL);
 CREATE TABLE proof (block BLOB NOT NULL);
-PRAGMA user_version = {SCHEMA_VERSION};
-""",
-    2: f"PRAGMA user_version = {SCHEMA_VERSION}",  # rows of one line, which are still read
+{_APART}""",
+    2: _APART,
+    3: _APART,
 }
-"""What turns an older format into this one, by its version; older brokers then refuse the file."""
-_STORE_LEASE = "INSERT INTO lease VALUES (?, ?) ON CONFLICT (lease_id) DO UPDATE SET row = excluded.row"
+"""What turns an older format into this one, by its version; older brokers then refuse the file. Rows of those formats
+are still read, and written anew by the broker that reads them (see `JournalFile.upgraded`)."""
+_STORE_LEASE = """
+INSERT INTO lease VALUES (?, ?, ?) ON CONFLICT (lease_id)
+DO UPDATE SET row = excluded.row, candidates = coalesce(excluded.candidates, candidates)
+"""
 """Not `INSERT OR REPLACE`: that takes the row out and puts it in at the end, index and all, at three times the cost."""
 _MOVE_AWAY = "move it away to start with an empty one"
 _PROOF_BYTES = 64 * 1024
@@ -62,11 +71,17 @@ class Fenced(JournalError):  # noqa: N818  # says what happened, like the store'
     """Another broker leads, or nobody does: what this one wanted to write was refused."""
 
 
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
 class RowStore(Protocol):
     """Where rows are kept; one thread at a time uses it. `JournalError` is what its methods raise."""
 
     def rows(self) -> Iterable[str]:
         """Every lease's row, in no order and one at a time: what came of one need not wait in memory for the others."""
+
+    def candidates(self, lease_id: str) -> str | None:
+        """What was stored of a lease's candidates, if anything."""
 
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""
@@ -79,8 +94,12 @@ class RowStore(Protocol):
         leases: Mapping[str, str | None],
         drains: Mapping[str, bool],
         engines: Mapping[str, str | None],
+        candidates: Mapping[str, str] = NONE,
     ) -> None:
-        """One durable transaction: rows to store (None: delete) and drain flags to set or clear."""
+        """One durable transaction: rows to store (None: delete), drain flags to set or clear, and candidates.
+
+        Those are of leases in it, stay for as long as the lease's row does, and need not be given again with it.
+        """
 
     def prove(self) -> None:
         """After a failure: show that there is room again for more than the deletion that just went through."""
@@ -91,6 +110,9 @@ class RowStore(Protocol):
 
 class JournalFile:
     """One open, exclusively locked journal file. Not thread-safe: one thread at a time uses it.
+
+    Attributes:
+        upgraded: it was of an older format, and its rows still are.
 
     Raises:
         JournalError: the file belongs to somebody else, is damaged, read-only, newer, or in use.
@@ -123,6 +145,7 @@ class JournalFile:
         execute("PRAGMA synchronous = FULL")
         execute("BEGIN EXCLUSIVE")  # takes the lock now, and proves that the file can be written
         script = _SCHEMA if self._is_empty() else _UPGRADES.get(self._version(), "")
+        self.upgraded = script not in {"", _SCHEMA}
         for statement in filter(None, map(str.strip, script.split(";"))):
             execute(statement)
         execute("COMMIT")
@@ -180,6 +203,11 @@ class JournalFile:
         except sqlite3.Error as error:
             raise self._explained(error) from error
 
+    def candidates(self, lease_id: str) -> str | None:
+        """What was stored of a lease's candidates, if anything."""
+        found = self._read("SELECT candidates FROM lease WHERE lease_id = ?", lease_id)
+        return found[0][0] if found else None
+
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""
         return [engine_id for (engine_id,) in self._read("SELECT engine_id FROM drain ORDER BY engine_id")]
@@ -188,9 +216,9 @@ class JournalFile:
         """Rows of the engines that no configuration file names, ordered by id."""
         return [row for (row,) in self._read("SELECT row FROM engine ORDER BY engine_id")]
 
-    def _read(self, query: str) -> list[tuple[str]]:
+    def _read(self, query: str, *values: str) -> list[tuple[str]]:
         try:
-            return self._db.execute(query).fetchall()
+            return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise self._explained(error) from error
 
@@ -199,15 +227,17 @@ class JournalFile:
         leases: Mapping[str, str | None],
         drains: Mapping[str, bool],
         engines: Mapping[str, str | None],
+        candidates: Mapping[str, str] = NONE,
     ) -> None:
-        """One durable transaction: rows to store (None: delete) and drain flags to set or clear.
+        """See `RowStore.write`.
 
         Raises:
             JournalError: nothing of it was written.
         """
         executemany = self._db.executemany
         with self._transaction():
-            executemany(_STORE_LEASE, _stored(leases))
+            rows = [(name, row, candidates.get(name)) for name, row in leases.items() if row is not None]
+            executemany(_STORE_LEASE, rows)
             executemany("DELETE FROM lease WHERE lease_id = ?", _dropped(leases))
             executemany("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines))
             executemany("DELETE FROM engine WHERE engine_id = ?", _dropped(engines))

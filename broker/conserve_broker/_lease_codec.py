@@ -1,8 +1,9 @@
-"""A lease as two lines of compact JSON arrays and back, without loss: first the lease, then its receipt.
+"""A lease as one line of compact JSON and back, and what its receipt says of other engines as a second one.
 
 Arrays instead of objects: a row is half as long. The order of the fields below, and of `CandidateView`, is the format
-of the journal; changing it means another `SCHEMA_VERSION` in `_journal_file.py`. The receipt stands apart because it is
-most of the row and hardly ever read: a broker that recovers leaves it as text until somebody asks.
+of the journal; changing it means another `SCHEMA_VERSION` in `_journal_file.py`. The candidates stand apart: they are
+two thirds of a lease, never change, and are hardly ever read. They are written once, with the lease, and a broker that
+recovers leaves them where they are until somebody asks.
 """
 
 from __future__ import annotations
@@ -23,40 +24,63 @@ _LEASE = (
 )  # fmt: skip
 _KEY = ("tenant", "conversation_id", "lineage", "model")
 _BINDING = ("engine_id", "url", "incarnation")
-_RECEIPT = ("preset", "rule", "prefill_rule", "need_tokens", "waited_ms", "candidates")
+_RECEIPT = ("preset", "rule", "prefill_rule", "need_tokens", "waited_ms")
 _RECEIPT_AT = 6
-"""Where the receipt stood in rows of formats 1 and 2, which are of one line."""
+"""Where the whole receipt stood in rows of formats 1 and 2; in those of format 3 it was a second line."""
+
+
+class ShelvedReceipt(Receipt):
+    """A receipt whose candidates lie in the journal; `take_down` makes it whole. Till then it equals one without."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Receipt):
+            return NotImplemented
+        return (_receipt_values(self), self.candidates) == (_receipt_values(other), other.candidates)
+
+    def __hash__(self) -> int:
+        return hash((*_receipt_values(self), self.candidates))
 
 
 def encode(lease: Lease) -> str:
-    """One row of the journal."""
+    """One row of the journal: all but the receipt's candidates."""
     lease_id, key, epoch, mode, prefiller, decoder, *rest, receipt = _lease_values(lease)
-    head = [
-        lease_id,
-        _key_values(key),
-        epoch,
-        mode,
-        prefiller and _binding_values(prefiller),
-        _binding_values(decoder),
-        *rest,
-    ]
-    return f"{to_json(head).decode()}\n{_receipt_text(receipt)}"
+    return to_json(
+        [
+            lease_id,
+            _key_values(key),
+            epoch,
+            mode,
+            prefiller and _binding_values(prefiller),
+            _binding_values(decoder),
+            *rest,
+            _receipt_values(receipt),
+        ]
+    ).decode()
+
+
+def encode_candidates(receipt: Receipt) -> str | None:
+    """What `take_down` reads; None where there is nothing to write, or it is written already."""
+    if not receipt.candidates:  # a shelved receipt shows none
+        return None
+    return to_json(list(map(tuple, receipt.candidates))).decode()
 
 
 def decode(row: str) -> Lease:
     """The lease of a row.
 
     Raises:
-        ValueError: the row was not written by `encode`.
+        ValueError: the row was not written by `encode`, of this version or of an earlier one.
     """
     try:
-        head, _, receipt_text = row.partition("\n")
+        head, _, receipt_line = row.partition("\n")
         values = from_json(head)
-        if receipt_text:
-            receipt: Receipt = _StoredReceipt(receipt_text)
-        else:
-            receipt = _receipt(values.pop(_RECEIPT_AT))
-        lease_id, key, epoch, mode, prefiller, decoder, activity, *rest = values
+        if receipt_line:
+            values.append(from_json(receipt_line))
+        elif isinstance(values[_RECEIPT_AT], list):
+            values.append(values.pop(_RECEIPT_AT))
+        lease_id, key, epoch, mode, prefiller, decoder, activity, *rest, receipt = values
         return _lease(
             lease_id,
             _key(*key),
@@ -66,55 +90,29 @@ def decode(row: str) -> Lease:
             binding_of(*decoder),
             _ACTIVITIES[activity],
             *rest,
-            receipt,
+            _shelved(*receipt, ()) if len(receipt) == len(_RECEIPT) else _whole(*receipt),
         )
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"not a lease: {error!r}") from error
 
 
-class _StoredReceipt(Receipt):
-    """A receipt as it lies in the journal, decoded when one of its fields is first read."""
+def take_down(receipt: Receipt, text: str | None) -> None:
+    """Make a shelved receipt whole, for everybody who has it. Others, and whose text is lost, stay as they are.
 
-    __slots__ = ("_text",)
-
-    _text: str
-
-    def __init__(self, text: str) -> None:
-        object.__setattr__(self, "_text", text)
-
-    def __getattr__(self, name: str) -> Any:
-        """Called for a field only while it is empty."""
-        if name not in _RECEIPT:
-            raise AttributeError(name)
-        decoded = _receipt(from_json(self._text))
-        for each in _RECEIPT:
-            object.__setattr__(self, each, getattr(decoded, each))
-        return getattr(decoded, name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Receipt) and _receipt_values(self) == _receipt_values(other)
-
-    def __hash__(self) -> int:
-        return hash(_receipt_values(self))
+    Raises:
+        ValueError: the text was not written by `encode_candidates`.
+    """
+    if text is None or type(receipt) is not ShelvedReceipt:
+        return
+    whole = _whole(*_receipt_values(receipt), from_json(text))
+    object.__setattr__(receipt, "candidates", whole.candidates)
+    object.__setattr__(receipt, "__class__", Receipt)
 
 
-def _receipt_text(receipt: Receipt) -> str:
-    if isinstance(receipt, _StoredReceipt):
-        return receipt._text  # noqa: SLF001  # this module's own class
-    *head, candidates = _receipt_values(receipt)
-    return to_json([*head, list(map(tuple, candidates))]).decode()
-
-
-def _receipt(values: list[Any]) -> Receipt:
-    preset, rule, prefill_rule, need_tokens, waited_ms, candidates = values
-    return Receipt(
-        preset=preset,
-        rule=rule,
-        prefill_rule=prefill_rule,
-        need_tokens=need_tokens,
-        waited_ms=waited_ms,
-        candidates=tuple([CandidateView(*candidate) for candidate in candidates]),
-    )
+def _whole(*values: Any) -> Receipt:
+    *summary, candidates = values
+    fields = dict(zip(_RECEIPT, summary, strict=True))
+    return Receipt(**fields, candidates=tuple([CandidateView(*candidate) for candidate in candidates]))
 
 
 _lease_values = attrgetter(*_LEASE)
@@ -123,5 +121,6 @@ _binding_values = attrgetter(*_BINDING)
 _receipt_values = attrgetter(*_RECEIPT)
 _MODES = {mode.value: mode for mode in Mode}
 _ACTIVITIES = {activity.value: activity for activity in Activity}
+_shelved = quick_make(ShelvedReceipt, *_RECEIPT, "candidates")
 _lease = quick_make(Lease, *_LEASE)
 _key = quick_make(LeaseKey, *_KEY)

@@ -66,13 +66,15 @@ each('HSET', KEYS[4], 2)
 each('HDEL', KEYS[4], 1)
 each('SADD', KEYS[3], 1)
 each('SREM', KEYS[3], 1)
+each('HSET', KEYS[7], 2)
+each('HDEL', KEYS[7], 1)
 local seq = redis.call('INCR', KEYS[6])
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[2], '*', 'seq', seq, 'ids', ARGV[3])
 return seq
 """
 """Write one group, if the lock is still the writer's.
 
-Keys: lock, leases, drains, engines, log, seq. Arguments: value, length of the log, ids of the leases as JSON, then
-per kind a count and what to store or drop. Writing the same group twice changes nothing but the log, and whoever
-follows the log reads rows as they are now, so a group may be sent again after a lost answer.
+Keys: lock, leases, drains, engines, log, seq, candidates. Arguments: value, length of the log, ids of the leases as
+JSON, then per kind a count and what to store or drop. Writing the same group twice changes nothing but the log, and
+whoever follows the log reads rows as they are now, so a group may be sent again after a lost answer.
 """

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from conserve_broker._journal_file import JournalError, JournalFile, RowStore
-from conserve_broker._lease_codec import decode, encode
+from conserve_broker._lease_codec import decode, encode, encode_candidates
 from conserve_sdk.core import Broker
 from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
@@ -95,6 +95,9 @@ class JournalPort(Protocol):
     def submit(self, changes: Sequence[Change]) -> Future[None]:
         """Make the changes durable, in order and all together; the future ends when they are."""
 
+    def candidates(self, lease_id: LeaseId) -> Future[str | None]:
+        """What a recovered lease's receipt said of other engines, if it is to be had; see `take_down`."""
+
     def close(self) -> None:
         """Write what is queued and give the file back."""
 
@@ -137,7 +140,7 @@ class Journal:
         self._recovery = recovery
         self._reopen = reopen
         self._fresh_files = 0
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | _Question | None] = queue.SimpleQueue()
         self._pending = _Pending()
         self._failure = failure
         self._lock = threading.Lock()
@@ -161,11 +164,14 @@ class Journal:
             return JournalFile(Path(path))
 
         try:
-            return cls(reopen(), reopen=reopen)
+            file = JournalFile(Path(path))
         except JournalError as error:
             if not error.passing:
                 raise
             return cls(None, reopen=reopen, failure=str(error))
+        journal = cls(file, reopen=reopen)
+        journal._fresh_files += file.upgraded
+        return journal
 
     @property
     def failure(self) -> str:
@@ -174,7 +180,7 @@ class Journal:
 
     @property
     def fresh_files(self) -> int:
-        """How often a file was taken up that knows nothing of what lives, and wants to be told."""
+        """How often a file was taken up that knows nothing of what lives, or in an older form, and wants to be told."""
         return self._fresh_files
 
     def load(self) -> Recovery:
@@ -211,6 +217,18 @@ class Journal:
             self._queue.put(_Job(tuple(changes), done))
         return done
 
+    def candidates(self, lease_id: LeaseId) -> Future[str | None]:
+        """See `JournalPort.candidates`. Read by the thread that writes, in its turn; never fails."""
+        found: Future[str | None] = Future()
+        found.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                found.set_result(None)
+            else:
+                self._start_writer()
+                self._queue.put(_Question(lease_id, found))
+        return found
+
     def close(self) -> None:
         """Write what is queued and give the file back. Safe to call twice."""
         self._stop()
@@ -233,25 +251,35 @@ class Journal:
 
     def _write_groups(self) -> None:
         while True:
-            jobs, last = self._next_group()
+            group, last = self._next_group()
+            jobs = [each for each in group if isinstance(each, _Job)]
             if jobs or self._unsettled():
                 self._commit(jobs)
+            for each in group:
+                if isinstance(each, _Question):
+                    each.found.set_result(self._look_up(each.lease_id))
             if last:
                 return
 
-    def _next_group(self) -> tuple[list[_Job], bool]:
+    def _next_group(self) -> tuple[list[_Job | _Question], bool]:
         """Everything that is queued, after waiting for the first; True when the journal is closing."""
-        jobs: list[_Job] = []
+        group: list[_Job | _Question] = []
         try:
-            job = self._queue.get(timeout=_RETRY_S if self._unsettled() else None)
-            while job is not None:
-                jobs.append(job)
-                if len(jobs) >= _GROUP_MAX:
-                    return jobs, False
-                job = self._queue.get_nowait()
+            item = self._queue.get(timeout=_RETRY_S if self._unsettled() else None)
+            while item is not None:
+                group.append(item)
+                if len(group) >= _GROUP_MAX:
+                    return group, False
+                item = self._queue.get_nowait()
         except queue.Empty:
-            return jobs, False
-        return jobs, True
+            return group, False
+        return group, True
+
+    def _look_up(self, lease_id: LeaseId) -> str | None:
+        try:
+            return None if self._file is None or self._abandoned else self._file.candidates(lease_id)
+        except JournalError:
+            return None  # a receipt without the other engines is better than no receipt
 
     def _commit(self, jobs: list[_Job]) -> None:
         error: JournalError | None = None
@@ -261,7 +289,8 @@ class Journal:
             try:
                 for job in jobs:
                     self._pending.add(job.changes)
-                self._opened().write(self._pending.leases, self._pending.drains, self._pending.engines)
+                pending = self._pending
+                self._opened().write(pending.leases, pending.drains, pending.engines, pending.candidates)
             except JournalError as failure:
                 error = failure
                 self._failure = str(failure)
@@ -342,6 +371,12 @@ class MemoryJournal:
         done.set_result(None)
         return done
 
+    def candidates(self, lease_id: LeaseId) -> Future[str | None]:  # noqa: ARG002  # the protocol's
+        """Nothing: what it gave back was whole."""
+        found: Future[str | None] = Future()
+        found.set_result(None)
+        return found
+
     def close(self) -> None:
         """Nothing to give back."""
 
@@ -355,11 +390,18 @@ class _Job:
     done: Future[None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    lease_id: LeaseId
+    found: Future[str | None]
+
+
 class _Pending:
     """Changes on their way to the file; the last one per lease and engine counts."""
 
     def __init__(self) -> None:
         self.leases: dict[str, str | None] = {}
+        self.candidates: dict[str, str] = {}
         self.drains: dict[str, bool] = {}
         self.engines: dict[str, str | None] = {}
 
@@ -369,10 +411,13 @@ class _Pending:
     def add(self, changes: Sequence[Change]) -> None:
         for change in changes:
             match change:
-                case LeaseStored(lease=lease):
+                case LeaseStored(lease=lease, fresh=fresh):
                     self.leases[lease.lease_id] = encode(lease)
+                    if fresh and (text := encode_candidates(lease.receipt)) is not None:
+                        self.candidates[lease.lease_id] = text
                 case LeaseDropped(lease=lease):
                     self.leases[lease.lease_id] = None
+                    self.candidates.pop(lease.lease_id, None)
                 case DrainFlag(engine_id=engine_id, draining=draining):
                     self.drains[engine_id] = draining
                 case EngineRow(engine_id=engine_id, row=row):

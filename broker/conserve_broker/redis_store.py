@@ -17,7 +17,7 @@ from typing import Any, cast
 from conserve_broker import _store_scripts
 from conserve_broker._config_errors import ConfigProblem
 from conserve_broker._config_tables import StoreTable, without_password
-from conserve_broker._journal_file import Fenced, JournalError
+from conserve_broker._journal_file import NONE, Fenced, JournalError
 
 __all__ = ["Claim", "LeaderRows", "LogPosition", "RedisStore"]
 
@@ -90,7 +90,7 @@ class RedisStore:
             max_connections=1,
         )
         tag = f"{{{settings.prefix}}}:"
-        names = ("lock", "fence", "leases", "drains", "engines", "log", "seq")
+        names = ("lock", "fence", "leases", "candidates", "drains", "engines", "log", "seq")
         self._keys = {name: tag + name for name in names}
         # redis-py sends a script's hash, and its text when the server does not know it (after a restart, say).
         self._scripts = {
@@ -156,6 +156,11 @@ class RedisStore:
                 rows |= zip(part, cast("Any", self._redis.hmget(self._keys["leases"], part)), strict=True)
         return rows
 
+    def candidates(self, lease_id: str) -> str | None:
+        """What was stored of a lease's candidates, if anything."""
+        with self._explained():
+            return cast("str | None", self._redis.hget(self._keys["candidates"], lease_id))
+
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""
         with self._explained():
@@ -218,6 +223,7 @@ class RedisStore:
         leases: Mapping[str, str | None],
         drains: Mapping[str, bool],
         engines: Mapping[str, str | None],
+        candidates: Mapping[str, str] = NONE,
     ) -> None:
         """One fenced group.
 
@@ -225,18 +231,21 @@ class RedisStore:
             Fenced: `claim` is not the lock any more; nothing was written.
             JournalError: the store does not answer as it should; whether it was written is unknown.
         """
+        dropped = _counted([name for name, row in leases.items() if row is None])
         arguments = [
             claim.value,
             _LOG_MAX,
             json.dumps(list(leases)),
             *_stored(leases),
-            *_counted([name for name, row in leases.items() if row is None]),
+            *dropped,
             *_stored(engines),
             *_counted([name for name, row in engines.items() if row is None]),
             *_counted([name for name, on in drains.items() if on]),
             *_counted([name for name, on in drains.items() if not on]),
+            *_stored(candidates),
+            *dropped,
         ]
-        self._run("write", ["lock", "leases", "drains", "engines", "log", "seq"], arguments)
+        self._run("write", ["lock", "leases", "drains", "engines", "log", "seq", "candidates"], arguments)
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -276,6 +285,10 @@ class LeaderRows:
         """Every lease's row."""
         return self._store.lease_rows().values()
 
+    def candidates(self, lease_id: str) -> str | None:
+        """What was stored of a lease's candidates, if anything."""
+        return self._store.candidates(lease_id)
+
     def draining(self) -> Sequence[str]:
         """Ids of the engines that were draining, ordered."""
         return self._store.draining()
@@ -289,10 +302,11 @@ class LeaderRows:
         leases: Mapping[str, str | None],
         drains: Mapping[str, bool],
         engines: Mapping[str, str | None],
+        candidates: Mapping[str, str] = NONE,
     ) -> None:
         """One fenced group; see `RedisStore.write`."""
         try:
-            self._store.write(self._claim, leases, drains, engines)
+            self._store.write(self._claim, leases, drains, engines, candidates)
         except Fenced:
             self._fenced()
             raise

@@ -9,6 +9,7 @@ bring them back), but no new lease is granted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import secrets
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from conserve_broker._lease_codec import ShelvedReceipt, take_down
 from conserve_broker.clock import BrokerClock
 from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
 from conserve_broker.logbook import Log, Logbook, logger
@@ -254,6 +256,8 @@ class BrokerService:
         """Serve one request: its answer, durable, or a waiter when it has to queue for admission."""
         if self._stopping:
             return shutting_down()
+        if route.name == "explain_lease":
+            await self._complete(LeaseId(target))
         started = time.perf_counter()
         call = Call(
             now_ms=self.clock.now_ms(),
@@ -359,10 +363,18 @@ class BrokerService:
     def _fill_fresh_file(self) -> None:
         """The journal goes on in a file that knows nothing of what lives: write all of it."""
         self._fresh_files = self._journal.fresh_files
-        leases = [LeaseStored(lease=lease) for lease in self.core.leases()]
+        leases = [LeaseStored(lease=lease, fresh=True) for lease in self.core.leases()]
         drains = [DrainFlag(view.spec.engine_id, view.draining) for view in self.core.engines()]
         self.log.warning("journal_rewritten", leases=len(leases))
         self._submit([*leases, *drains])
+
+    async def _complete(self, lease_id: LeaseId) -> None:
+        """Fetch the part of a recovered lease's receipt that was left in the journal."""
+        lease = self.core.lease(lease_id)
+        if lease is not None and type(lease.receipt) is ShelvedReceipt:
+            text = await asyncio.wrap_future(self._journal.candidates(lease_id))
+            with contextlib.suppress(ValueError):  # spoiled by hand: the rest of the receipt is still worth telling
+                take_down(lease.receipt, text)
 
     def _arm_timer(self) -> None:
         deadline_ms = self.core.next_deadline_ms()

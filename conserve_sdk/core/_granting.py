@@ -234,7 +234,7 @@ def _grant(state: State, pending: Pending, placement: Placement) -> None:
     lease = _new_lease(state, pending, placement)
     state.enter(lease)
     state.fleet.dispatch_prefill(lease, tokens=placement.uncached_tokens, now_ms=state.now_ms)
-    state.store(lease)
+    state.store(lease, fresh=True)
     _count_grant(state, pending, placement)
     state.out.append(Granted(request_id=pending.request_id, lease=lease, reused=False))
     answer_waiting(state, lease)

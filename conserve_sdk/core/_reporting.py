@@ -240,7 +240,7 @@ def _put_back(state: State, lease: Lease) -> None:
     if lease.expires_at_ms < state.grace_until_ms:
         lease = lease.until(state.grace_until_ms)
     state.enter(lease)
-    state.store(lease)
+    state.store(lease, fresh=True)
     state.counters.readopted += 1
     state.answer_ok(lease)
     answer_waiting(state, lease)

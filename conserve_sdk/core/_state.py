@@ -84,9 +84,9 @@ class State:
         self._count(lease)
         self.fleet.touch(lease.decoder.engine_id)
 
-    def store(self, lease: Lease) -> None:
+    def store(self, lease: Lease, *, fresh: bool = False) -> None:
         """Have the shell write the lease's row."""
-        self.out.append(LeaseStored(lease=lease))
+        self.out.append(LeaseStored(lease=lease, fresh=fresh))
 
     def extended_ms(self, lease: Lease) -> Ms:
         """The end of a lease that is renewed now: a full TTL from now, never sooner than it was."""

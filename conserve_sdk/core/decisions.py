@@ -73,9 +73,14 @@ class LeasesAnswered:
 @quick_init
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseStored:
-    """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them)."""
+    """The shell must make this row durable before it answers. Not sent for mere renewals (grace covers them).
+
+    Attributes:
+        fresh: it was never stored: its receipt, which never changes, is to be written, too.
+    """
 
     lease: Lease
+    fresh: bool = False
 
 
 @quick_init

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conserve_broker._journal_file import JournalFile
+from conserve_broker._lease_codec import decode, encode, encode_candidates, take_down
 from conserve_broker.journal import (
     DrainFlag,
     EngineRow,
@@ -29,10 +30,15 @@ from conserve_broker.journal import (
 )
 from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
+from conserve_sdk.core.receipt import CandidateView
 from conserve_sdk.core.vocabulary import DropReason
 
 from .journal_writer import LEASE
 
+WHOLE = replace(
+    LEASE.receipt,
+    candidates=tuple(CandidateView(f"d{number}", "decoder", "fits", 9, 8, 7, 6, 5, 4) for number in range(2)),
+)
 WRITER = Path(__file__).with_name("journal_writer.py")
 BUDGET_S = 30.0
 
@@ -146,11 +152,11 @@ class Gate:
         self.open = threading.Event()
         file.write = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, leases: Any, drains: Any, engines: Any) -> None:
+    def __call__(self, leases: Any, *others: Any) -> None:
         self.groups.append(len(leases))
         self.entered.set()
         assert self.open.wait(BUDGET_S)
-        self.write(leases, drains, engines)
+        self.write(leases, *others)
 
 
 class TestGroups:
@@ -219,6 +225,40 @@ def test_file_and_memory_agree_on_any_groups(groups: list[list[Any]]) -> None:
         leases = tuple(sorted(found.leases, key=lambda lease: lease.lease_id))
         assert replace(found, leases=leases) == memory.load()
         again.close()
+
+
+class TestCandidates:
+    """What a receipt says of other engines: written once, read when somebody asks."""
+
+    def test_they_stay_with_the_row_and_go_with_it(self, journal: Journal) -> None:
+        write(journal, replace(stored(1, receipt=WHOLE), fresh=True), stored(2, receipt=WHOLE))
+        write(journal, stored(1, turns=1, receipt=WHOLE))
+        receipt = decode(encode(lease(1, receipt=WHOLE))).receipt
+        take_down(receipt, journal.candidates(lease(1).lease_id).result(BUDGET_S))
+        assert receipt == WHOLE
+        assert journal.candidates(lease(2).lease_id).result(BUDGET_S) is None  # was never said to be fresh
+        write(journal, dropped(1))
+        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
+
+    def test_what_failed_is_written_later_with_them(self, path: Path) -> None:
+        journal = Journal.open(path)
+        journal._file._db.execute("DROP TABLE drain")
+        with pytest.raises(JournalError):
+            write(journal, replace(stored(1, receipt=WHOLE), fresh=True), DrainFlag("d0", True))
+        with pytest.raises(JournalError):
+            write(journal, stored(1, turns=1, receipt=WHOLE))
+        journal._file._db.execute("CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID")
+        wait_for(lambda: journal.failure == "")
+        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) == encode_candidates(WHOLE)
+        journal.close()
+
+    def test_a_journal_that_cannot_be_read_or_is_closed_has_none(self, path: Path) -> None:
+        journal = Journal.open(path)
+        write(journal, replace(stored(1, receipt=WHOLE), fresh=True))
+        journal._file._db.execute("ALTER TABLE lease RENAME TO away")
+        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
+        journal.close()
+        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
 
 
 class TestFailure:
@@ -303,23 +343,26 @@ class TestForeignFiles:
     def test_a_newer_format(self, path: Path) -> None:
         Journal.open(path).close()
         newer = sqlite3.connect(path)
-        newer.execute("PRAGMA user_version = 4")
+        newer.execute("PRAGMA user_version = 5")
         newer.close()
-        self.expect(path, r"another version of ConServe \(format 4, this one reads 3\)")
+        self.expect(path, r"another version of ConServe \(format 5, this one reads 4\)")
 
     def test_an_older_format_is_upgraded_in_place(self, path: Path) -> None:
         journal = Journal.open(path)
         write(journal, stored(1))
         journal.close()
         older = sqlite3.connect(path)
-        older.executescript("DROP TABLE engine; DROP TABLE proof; PRAGMA user_version = 1;")
+        older.executescript("DROP TABLE engine; DROP TABLE proof; ALTER TABLE lease DROP COLUMN candidates;")
+        older.execute("PRAGMA user_version = 1")
         older.close()
         journal = Journal.open(path)
         assert journal.load().leases == (lease(1),)
+        assert journal.fresh_files == 1  # so that its rows are written anew
         write(journal, EngineRow("e1", "[1]"))
         journal.close()
         again = Journal.open(path)
         assert again.load().engines == ("[1]",)
+        assert again.fresh_files == 0
         again.close()
 
     def test_a_damaged_file(self, path: Path) -> None:
@@ -376,7 +419,7 @@ class TestForeignFiles:
     def test_rows_of_an_unknown_form(self, path: Path) -> None:
         Journal.open(path).close()
         other = sqlite3.connect(path)
-        other.execute("INSERT INTO lease VALUES ('l', '[1]')")
+        other.execute("INSERT INTO lease VALUES ('l', '[1]', NULL)")
         other.commit()
         other.close()
         journal = Journal.open(path)

@@ -78,6 +78,16 @@ class TestGroups:
         assert store.fetch(["l1", "l2"]) == {"l1": None, "l2": "r2b"}
         assert store.fetch([]) == {}
 
+    def test_candidates_stay_with_the_row_and_go_with_it(self, store: RedisStore) -> None:
+        claim = claimed(store)
+        store.write(claim, {"l1": "r1", "l2": "r2"}, {}, {}, {"l1": "c1"})
+        store.write(claim, {"l1": "r1b"}, {}, {})
+        rows = LeaderRows(store, claim, fenced=lambda: None)
+        assert (rows.candidates("l1"), rows.candidates("l2")) == ("c1", None)
+        rows.write({"l1": None, "l2": "r2b"}, {}, {}, {"l2": "c2"})
+        assert (rows.candidates("l1"), rows.candidates("l2")) == (None, "c2")
+        assert store.lease_rows() == {"l2": "r2b"}
+
     def test_the_same_group_twice_changes_nothing(self, store: RedisStore) -> None:
         claim = claimed(store)
         for _ in range(2):

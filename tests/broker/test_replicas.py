@@ -16,7 +16,7 @@ from conserve_broker._config_tables import StoreTable
 from conserve_broker.redis_store import RedisStore
 from conserve_lab.emulator import EmulatedFleet, default_fleet
 from conserve_sdk import ConServe, TurnCollector, conversation
-from conserve_sdk.protocol import RENEWALS_MAX, BatchAnswer, FleetInfo, LeaseGrant, Problem
+from conserve_sdk.protocol import RENEWALS_MAX, BatchAnswer, FleetInfo, LeaseExplanation, LeaseGrant, Problem
 
 from .broker_process import BrokerProcess, Load, until
 from .redis_server import NEEDS_SERVER, Proxy, RedisServer
@@ -169,9 +169,14 @@ def test_a_standby_says_who_leads_and_answers_nothing_else(replicas: Replicas) -
 def test_a_killed_leader_is_replaced_and_comes_back_as_a_standby(replicas: Replicas) -> None:
     first, second = replicas.add(), replicas.add()
     with load_on(first, second) as load:
+        until(lambda: len(load.held) > 0)
+        grant = next(iter(load.held.values()))
         first.kill()
         until(lambda: leads(second), what="the failover")
         goes_on(load)
+        explained = httpx2.get(f"{second.url}/v1/leases/{grant.lease_id}/explain", timeout=20)
+        told = LeaseExplanation.model_validate_json(explained.content)
+        assert len(told.decision.candidates) > 1  # what the leader that died had read of the fleet
         first.start()
         until(lambda: first.readyz()["role"] == "standby")
         second.kill()

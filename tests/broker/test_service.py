@@ -1,18 +1,21 @@
 """The shell: durable before answered, waiting, recovery, shutting down. Without HTTP and without engines."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conserve_broker.clock import BrokerClock
-from conserve_broker.journal import JournalError, MemoryJournal
+from conserve_broker.journal import Journal, JournalError, MemoryJournal
 from conserve_broker.logbook import LOGGER_NAME
 from conserve_broker.service import BrokerService, Waiter
 from conserve_sdk._desk import Reply, find_route
@@ -27,7 +30,7 @@ from conserve_sdk.core import (
     TenantId,
     Tokens,
 )
-from conserve_sdk.protocol import BatchAnswer, LeaseGrant, Problem
+from conserve_sdk.protocol import BatchAnswer, LeaseExplanation, LeaseGrant, Problem
 from conserve_sdk.testing import FakeClock, small_fleet
 
 from .in_process import SIGNER, observe
@@ -280,6 +283,49 @@ async def test_a_restart_finds_every_lease_again(journal: HeldJournal) -> None:
         assert [_identity(lease) for lease in recovered.values()] == [_identity(live[key]) for key in recovered]
         assert [view.kv_leased_tokens for view in after.core.engines()] == leased == [9_012, 0]
         assert (await turn(after, grants[0])).results[0].verdict == "ok"
+
+
+async def test_after_a_restart_a_receipt_is_whole_when_somebody_asks(tmp_path: Path) -> None:
+    """For leases that changed since and those that did not, and when an older broker wrote them."""
+    path = tmp_path / "leases.db"
+    async with service_of(Journal.open(path)) as before:
+        observe(before)
+        grant, other = await granted(before, "a", tokens=1_000), await granted(before, "b", tokens=1_000)
+        await turn(before, grant)
+        told = [await explained(before, each) for each in (grant, other)]
+    assert [len(each.decision.candidates) for each in told] == [2, 2]
+    for older in (False, True, False):
+        if older:
+            _as_format_3(path)
+        async with service_of(Journal.open(path)) as after:
+            observe(after)
+            await turn(after, grant)
+            assert [(await explained(after, each)).decision for each in (grant, other)] == [
+                each.decision for each in told
+            ]
+            assert {lease.receipt.rule for lease in after.core.leases()} == {"most_free_kv"}
+    async with service_of(Journal.open(path)) as again:
+        again._journal._file._db.execute("ALTER TABLE lease RENAME TO away")  # type: ignore[attr-defined]
+        alone = await explained(again, grant)
+    assert (alone.decision.rule, alone.decision.candidates) == ("most_free_kv", ())
+
+
+def _as_format_3(path: Path) -> None:
+    """Turn the journal into one whose rows have the whole receipt as a second line."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as older:
+        for lease_id, row, candidates in older.execute("SELECT * FROM lease").fetchall():
+            *head, summary = json.loads(row)
+            lines = json.dumps(head) + "\n" + json.dumps([*summary, json.loads(candidates)])
+            older.execute("UPDATE lease SET row = ? WHERE lease_id = ?", (lines, lease_id))
+        older.execute("ALTER TABLE lease DROP COLUMN candidates")
+        older.execute("PRAGMA user_version = 3")
+
+
+async def explained(service: BrokerService, grant: LeaseGrant) -> LeaseExplanation:
+    reply = await send(service, "GET", f"/v1/leases/{grant.lease_id}/explain")
+    assert isinstance(reply, Reply)
+    assert isinstance(reply.body, LeaseExplanation)
+    return reply.body
 
 
 def _identity(lease: Lease) -> tuple[Any, ...]:

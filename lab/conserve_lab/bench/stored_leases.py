@@ -110,7 +110,7 @@ def write_journal(path: Path, leases: Iterator[Lease]) -> None:
     try:
         group: list[LeaseStored] = []
         for lease in leases:
-            group.append(LeaseStored(lease=lease))
+            group.append(LeaseStored(lease=lease, fresh=True))
             if len(group) == _GROUP:
                 journal.submit(group).result()
                 group = []
