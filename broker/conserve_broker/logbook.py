@@ -47,7 +47,7 @@ def logger() -> Log:
                 structlog.processors.format_exc_info,
                 _as_record,
             ],
-        ),
+        ).bind(),  # once, and not at every question whether a level is shown
     )
 
 

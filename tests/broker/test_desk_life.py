@@ -187,6 +187,21 @@ def test_renewals_bring_leases_back(client: Client, broker: InMemoryBroker) -> N
     assert client.grant().lease_id == grant.lease_id, "the key is taken again"
 
 
+def test_a_batch_renews_who_is_known_and_brings_back_who_is_not(client: Client, broker: InMemoryBroker) -> None:
+    lost, other = client.grant("lost", first_turn_input_tokens=100), client.grant("other", first_turn_input_tokens=100)
+    broker.restart(lose_state=True)
+    known, ended = client.grant("known", first_turn_input_tokens=100), client.grant("e", first_turn_input_tokens=100)
+    client.release(ended)
+    broker.clock.advance(20_000)
+    batch = (lost, known, ended, other, known, lost)
+    statuses = client.renew(*(grant.token for grant in batch))
+    assert [status.lease_id for status in statuses] == [grant.lease_id for grant in batch]
+    assert [status.verdict for status in statuses] == ["ok", "ok", "unknown", "ok", "ok", "ok"]
+    assert {status.expires_in_ms for status in statuses if status.verdict == "ok"} == {TTL_MS}
+    assert {lease.lease_id for lease in broker.core.leases()} == {lost.lease_id, known.lease_id, other.lease_id}
+    assert broker.core.counters.readopted == 2
+
+
 @pytest.mark.parametrize("word", ["report", "park", "supersede", "release"])
 def test_any_word_of_a_holder_will_do(client: Client, broker: InMemoryBroker, word: str) -> None:
     grant = client.grant()
