@@ -15,7 +15,7 @@ from rich.console import Console
 from conserve_lab._command import run_command, run_commands
 from conserve_lab.bench.commands import LIVE_COMMANDS
 
-__all__ = ["bench_main", "demo_main", "emulate_main", "lab_main", "simulate_main"]
+__all__ = ["bench_main", "demo_main", "emulate_main", "lab_main", "named_benches", "simulate_main"]
 
 
 class Engine(StrEnum):
@@ -48,16 +48,21 @@ def demo_main(argv: Sequence[str]) -> int:
 
 def bench_main(argv: Sequence[str]) -> int:
     """Run `conserve bench`, or one of its named measurements (`conserve bench NAME`)."""
-    named: dict[str, Callable[..., int]] = {
+    named = named_benches()
+    if argv and argv[0] in named:
+        return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
+    return run_command(_bench, argv, name="conserve bench")
+
+
+def named_benches() -> dict[str, Callable[..., int]]:
+    """The measurements of `conserve bench NAME`."""
+    return {
         "broker": _bench_broker,
         "failover": _failover,
         "sdk": _bench_sdk,
         "soak": _bench_soak,
         **LIVE_COMMANDS,
     }
-    if argv and argv[0] in named:
-        return run_command(named[argv[0]], argv[1:], name=f"conserve bench {argv[0]}")
-    return run_command(_bench, argv, name="conserve bench")
 
 
 def lab_main(argv: Sequence[str]) -> int:
@@ -135,7 +140,16 @@ def _bench(
 ) -> int:
     """All presets and the per-turn baseline beside each other on the emulated fleet, over several seeds.
 
-    `conserve bench sdk` measures what the SDK itself costs; see its own --help.
+    Other measurements, each with a --help of its own: `conserve bench` ...
+
+    broker (grants, renewals, recovery),
+    emulator (how true its clock is),
+    failover (of the leading broker),
+    hold (KV held between turns, on real vLLM),
+    peers (beside vllm-router),
+    replay (a trace on engines that compute),
+    sdk (what the client costs),
+    soak (agents while engines and leaders die).
     """
     from conserve_lab.demo.bench import run_bench
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from conserve_lab.bench import router
-from conserve_lab.cli import bench_main
+from conserve_lab.cli import bench_main, named_benches
 
 KEYS = {"added_p50_ms", "added_cpu_us_per_turn", "streaming_rate_ratio", "cpu_us_per_chunk", "extra_connections"}
 
@@ -48,3 +48,10 @@ def test_without_a_router_the_rest_is_measured(tmp_path, monkeypatch, capsys) ->
 def test_a_wrong_option_is_a_usage_error(capsys) -> None:
     assert bench_main(["sdk", "--blocks", "0"]) == 2
     assert capsys.readouterr().err.startswith("conserve bench sdk: ")
+
+
+def test_the_help_of_bench_names_every_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for name in named_benches():
+        assert f"{name} (" in told, name
