@@ -89,7 +89,8 @@ class Oracle(Books):
 
     def _follow_decision(self, event: Event, decision: Decision) -> None:
         match decision:
-            case LeaseStored(lease=lease):
+            case LeaseStored(lease=lease, fresh=fresh):
+                assert fresh is (lease.lease_id not in self.rows), "its receipt is written once"
                 self.rows[lease.lease_id] = lease
             case LeaseDropped(lease=lease, reason=reason):
                 self._check_drop(event, lease, reason)

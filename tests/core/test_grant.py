@@ -38,7 +38,10 @@ def test_a_grant_names_everything_the_client_needs() -> None:
     world = World(now_ms=5)
     decisions = world.request("c", 1_000)
     lease = granted(decisions).lease
-    assert decisions == [LeaseStored(lease=lease), Granted(request_id=RequestId("r1"), lease=lease, reused=False)]
+    assert decisions == [
+        LeaseStored(lease=lease, fresh=True),
+        Granted(request_id=RequestId("r1"), lease=lease, reused=False),
+    ]
     assert (lease.key, lease.epoch, lease.supersedes) == (key("c"), 1, None)
     assert (lease.mode, lease.decoder.engine_id, lease.decoder.url) == (Mode.MIGRATE, "d0", "http://d0")
     assert lease.prefiller is not None

@@ -32,7 +32,7 @@ def lost_lease(**changes: object) -> tuple[World, Lease]:
 def test_a_lost_lease_is_put_back_into_the_ledger() -> None:
     world, lease = lost_lease()
     assert world.readopt(lease) == [
-        LeaseStored(lease=lease),
+        LeaseStored(lease=lease, fresh=True),
         LeaseAnswered(lease_id=lease.lease_id, verdict=LeaseVerdict.OK, lease=lease),
     ]
     assert world.view("d0").kv_leased_tokens == 1_000
