@@ -234,15 +234,19 @@ class JournalFile:
         Raises:
             JournalError: nothing of it was written.
         """
-        executemany = self._db.executemany
+        stored = [(name, row, candidates.get(name)) for name, row in leases.items() if row is not None]
+        statements: tuple[tuple[str, Sequence[tuple[str | None, ...]]], ...] = (
+            (_STORE_LEASE, stored),
+            ("DELETE FROM lease WHERE lease_id = ?", _dropped(leases)),
+            ("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines)),
+            ("DELETE FROM engine WHERE engine_id = ?", _dropped(engines)),
+            ("INSERT OR IGNORE INTO drain VALUES (?)", [(engine,) for engine, on in drains.items() if on]),
+            ("DELETE FROM drain WHERE engine_id = ?", [(engine,) for engine, on in drains.items() if not on]),
+        )
         with self._transaction():
-            rows = [(name, row, candidates.get(name)) for name, row in leases.items() if row is not None]
-            executemany(_STORE_LEASE, rows)
-            executemany("DELETE FROM lease WHERE lease_id = ?", _dropped(leases))
-            executemany("INSERT OR REPLACE INTO engine VALUES (?, ?)", _stored(engines))
-            executemany("DELETE FROM engine WHERE engine_id = ?", _dropped(engines))
-            executemany("INSERT OR IGNORE INTO drain VALUES (?)", [(engine,) for engine, on in drains.items() if on])
-            executemany("DELETE FROM drain WHERE engine_id = ?", [(engine,) for engine, on in drains.items() if not on])
+            for statement, rows in statements:
+                if rows:  # a statement without rows takes a quarter of the time of a small group
+                    self._db.executemany(statement, rows)
 
     def prove(self) -> None:
         """Write a block and take it away again.
