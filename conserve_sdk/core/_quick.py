@@ -9,7 +9,7 @@ whose fields come in an order of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
@@ -38,40 +38,38 @@ def quick_init(kind: type[T]) -> type[T]:
 
 def quick_copy(kind: type[T], *changing: str) -> Callable[..., T]:
     """A function that copies an object of a frozen dataclass with slots; it takes the object, then these fields."""
-    names: dict[str, Any] = {"_kind": kind, "_new": object.__new__, "_twin": _twin_of(kind)}
-    kept = [field.name for field in fields(kind) if field.name not in changing]  # type: ignore[arg-type]  # as above
-    lines = [
-        f"def copy(old, {', '.join(changing)}):",
-        "    made = _new(_twin)",
-        *(f"    made.{name} = old.{name}" for name in kept),
-        *(f"    made.{name} = {name}" for name in changing),
-        "    made.__class__ = _kind",
-        "    return made",
-    ]
-    exec("\n".join(lines), names)  # noqa: S102  # see above
-    copy: Callable[..., T] = names["copy"]
-    return copy
+    kept = {name: f"old.{name}" for name in _names(kind) if name not in changing}
+    return _filling(kind, ("old", *changing), {**kept, **{name: name for name in changing}})
 
 
 def quick_make(kind: type[T], *names: str) -> Callable[..., T]:
     """A constructor of a frozen dataclass with slots that takes all its fields by place, in this order."""
-    if sorted(names) != sorted(field.name for field in fields(kind)):  # type: ignore[arg-type]  # as above
+    if sorted(names) != sorted(_names(kind)):
         raise AssertionError(f"these are not the fields of {kind.__name__}: {', '.join(names)}")
+    return _filling(kind, names, {name: name for name in names})
+
+
+def _filling(kind: type[T], parameters: Sequence[str], values: Mapping[str, str]) -> Callable[..., T]:
+    """A function of these parameters, by place, that makes an object and fills its slots with these expressions."""
     scope: dict[str, Any] = {"_kind": kind, "_new": object.__new__, "_twin": _twin_of(kind)}
     lines = [
-        f"def make({', '.join(names)}):",
+        f"def fill({', '.join(parameters)}):",
         "    made = _new(_twin)",
-        *(f"    made.{name} = {name}" for name in names),
+        *(f"    made.{name} = {value}" for name, value in values.items()),
         "    made.__class__ = _kind",
         "    return made",
     ]
     exec("\n".join(lines), scope)  # noqa: S102  # see above
-    make: Callable[..., T] = scope["make"]
-    return make
+    fill: Callable[..., T] = scope["fill"]
+    return fill
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
 def _twin_of(kind: type[Any]) -> type[Any]:
-    return type(kind.__name__, (), {"__slots__": tuple(field.name for field in fields(kind))})
+    return type(kind.__name__, (), {"__slots__": tuple(_names(kind))})
 
 
 def _parameter(field: Field[Any], names: dict[str, Any]) -> str:

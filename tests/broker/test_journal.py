@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conserve_broker._journal_file import JournalFile
-from conserve_broker._lease_codec import decode, encode, encode_candidates, take_down
 from conserve_broker.journal import (
     DrainFlag,
     EngineRow,
@@ -30,15 +29,10 @@ from conserve_broker.journal import (
 )
 from conserve_sdk.core.decisions import LeaseDropped, LeaseStored
 from conserve_sdk.core.lease import Lease
-from conserve_sdk.core.receipt import CandidateView
 from conserve_sdk.core.vocabulary import DropReason
 
 from .journal_writer import LEASE
 
-WHOLE = replace(
-    LEASE.receipt,
-    candidates=tuple(CandidateView(f"d{number}", "decoder", "fits", 9, 8, 7, 6, 5, 4) for number in range(2)),
-)
 WRITER = Path(__file__).with_name("journal_writer.py")
 BUDGET_S = 30.0
 
@@ -225,40 +219,6 @@ def test_file_and_memory_agree_on_any_groups(groups: list[list[Any]]) -> None:
         leases = tuple(sorted(found.leases, key=lambda lease: lease.lease_id))
         assert replace(found, leases=leases) == memory.load()
         again.close()
-
-
-class TestCandidates:
-    """What a receipt says of other engines: written once, read when somebody asks."""
-
-    def test_they_stay_with_the_row_and_go_with_it(self, journal: Journal) -> None:
-        write(journal, replace(stored(1, receipt=WHOLE), fresh=True), stored(2, receipt=WHOLE))
-        write(journal, stored(1, turns=1, receipt=WHOLE))
-        receipt = decode(encode(lease(1, receipt=WHOLE))).receipt
-        take_down(receipt, journal.candidates(lease(1).lease_id).result(BUDGET_S))
-        assert receipt == WHOLE
-        assert journal.candidates(lease(2).lease_id).result(BUDGET_S) is None  # was never said to be fresh
-        write(journal, dropped(1))
-        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
-
-    def test_what_failed_is_written_later_with_them(self, path: Path) -> None:
-        journal = Journal.open(path)
-        journal._file._db.execute("DROP TABLE drain")
-        with pytest.raises(JournalError):
-            write(journal, replace(stored(1, receipt=WHOLE), fresh=True), DrainFlag("d0", True))
-        with pytest.raises(JournalError):
-            write(journal, stored(1, turns=1, receipt=WHOLE))
-        journal._file._db.execute("CREATE TABLE drain (engine_id TEXT PRIMARY KEY) WITHOUT ROWID")
-        wait_for(lambda: journal.failure == "")
-        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) == encode_candidates(WHOLE)
-        journal.close()
-
-    def test_a_journal_that_cannot_be_read_or_is_closed_has_none(self, path: Path) -> None:
-        journal = Journal.open(path)
-        write(journal, replace(stored(1, receipt=WHOLE), fresh=True))
-        journal._file._db.execute("ALTER TABLE lease RENAME TO away")
-        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
-        journal.close()
-        assert journal.candidates(lease(1).lease_id).result(BUDGET_S) is None
 
 
 class TestFailure:
