@@ -256,7 +256,7 @@ class BrokerService:
         """Serve one request: its answer, durable, or a waiter when it has to queue for admission."""
         if self._stopping:
             return shutting_down()
-        if route.name == "explain_lease":
+        if route.whole:
             await self._complete(LeaseId(target))
         started = time.perf_counter()
         call = Call(

@@ -51,6 +51,7 @@ class Route(Generic[BodyT]):
         problems: statuses of problem documents it may answer besides those of every route.
         holder: whether the caller proves by the lease's token in a header that it holds the lease.
         scopes: whose keys may ask, besides those of scope `admin`, which may ask everything.
+        whole: whether the answer needs all of the lease's receipt, whose candidates a journal may have put aside.
     """
 
     method: str
@@ -65,6 +66,7 @@ class Route(Generic[BodyT]):
     problems: tuple[int, ...] = ()
     holder: bool = False
     scopes: tuple[Scope, ...] = ()
+    whole: bool = False
 
     def target_of(self, path: str) -> str | None:
         """The value of the path's parameter ("" where there is none), or None when `path` is not this route's."""
@@ -159,6 +161,7 @@ ROUTES: tuple[Route[Any], ...] = (
         answer=LeaseExplanation,
         problems=(404,),
         scopes=("agent",),
+        whole=True,
     ),
     Route(
         method="POST",

@@ -37,7 +37,7 @@ from conserve_sdk.core.occupancy import Occupancy
 from conserve_sdk.core.settings import BrokerSettings
 from conserve_sdk.core.units import MILLION, EngineId, Incarnation, ModelName, Ms, Ppm, Tokens
 from conserve_sdk.core.views import EngineView
-from conserve_sdk.core.vocabulary import EngineState
+from conserve_sdk.core.vocabulary import EngineState, Role
 
 
 @dataclass(slots=True)
@@ -58,8 +58,7 @@ class _Engine:
     """When and how a client last failed on the current incarnation."""
     misfit: str = ""
     rate_tokens_per_s: int = 0
-    prefill_share_ppm: Ppm = Ppm(MILLION)
-    """Starts at "busy": what is not known to have time to spare hosts nothing."""
+    prefill_share_ppm: Ppm = Ppm(0)
     reports_cached: bool = False
     """Whether it ever told a client how much it had cached (vLLM: `--enable-prompt-tokens-details`)."""
     lost_caches: int = 0
@@ -125,7 +124,9 @@ class Fleet:
         """Add an engine or change its configuration. What was observed under another URL or model is forgotten."""
         engine = self._engines.get(spec.engine_id)
         if engine is None:
-            engine = self._engines[spec.engine_id] = _Engine(spec, now_ms, draining)
+            engine = self._engines[spec.engine_id] = _Engine(
+                spec, now_ms, draining, prefill_share_ppm=_unseen_share_ppm(spec)
+            )
         else:
             engine.draining = engine.draining or draining
             moved = (engine.spec.url, engine.spec.model) != (spec.url, spec.model)
@@ -176,7 +177,7 @@ class Fleet:
             another = True
             engine.seen_first = next(self._observations)
             engine.backlog.clear()
-            engine.prefill_share_ppm = Ppm(MILLION)
+            engine.prefill_share_ppm = _unseen_share_ppm(engine.spec)
             engine.lost_caches, engine.lost_share_ppm = 0, Ppm(0)
         engine.seen = event
         engine.failing = ""
@@ -325,7 +326,7 @@ class Fleet:
         engine.seen = engine.reported = None
         engine.failing = engine.misfit = ""
         engine.rate_tokens_per_s = 0
-        engine.prefill_share_ppm = Ppm(MILLION)
+        engine.prefill_share_ppm = _unseen_share_ppm(engine.spec)
         engine.lost_caches, engine.lost_share_ppm = 0, Ppm(0)
         engine.reports_cached = False
         engine.backlog.clear()
@@ -446,6 +447,11 @@ def _changed(engine: _Engine, state: EngineState, detail: str) -> EngineStateCha
 
 def _counts_prefill_time(engine: _Engine) -> bool:
     return engine.seen is not None and engine.seen.prefill_busy_ms_total > 0
+
+
+def _unseen_share_ppm(spec: EngineSpec) -> Ppm:
+    """The prefill share before any was seen: a prefiller not known to have time to spare hosts nothing."""
+    return Ppm(MILLION if spec.role is Role.PREFILLER else 0)
 
 
 def _busy_share_ppm(engine: _Engine, *, tokens: int, busy_ms: int, span_ms: int) -> int:

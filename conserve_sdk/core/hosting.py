@@ -10,10 +10,12 @@ both, in the ledger from its grant on, in the scrape once its KV is there. On a 
 not yet prefilled is active too, its prefill share must be at most GATE, and OVER is less by PRES, kept free for
 prompts on their way.
 
-    load = (active + x) / capacity + w * (leased + x) / capacity (+ H0 + BETA * prefill share on a prefiller)
+    load = (active + x) / capacity + w * (leased + x) / capacity + BETA * prefill share (+ H0 on a prefiller)
 
-In a fleet of equal decoders without host tiers this is the paper's "most free KV". Fractions are compared by cross
-multiplication, so that a boundary is a boundary.
+BETA counts only where prefillers may host, but then on every engine: prefill work is load wherever it is done; counted
+on prefillers alone it kept them empty where all engines prefill alike. In a fleet of equal decoders without host tiers,
+where no prefiller hosts, this is the paper's "most free KV". Fractions are compared by cross multiplication, so that a
+boundary is a boundary.
 """
 
 from __future__ import annotations
@@ -151,9 +153,11 @@ def _weighed(view: EngineView, rules: PlacementSettings, freed_tokens: int) -> H
     active: int = max(view.kv_active_tokens, view.kv_used_tokens)
     leased: int = max(view.kv_leased_tokens, view.kv_used_tokens)
     constant, gated = 0, False
+    if rules.prefiller_hosts is PrefillerHosts.AUTO:
+        constant = rules.host_share_weight_ppm * view.prefill_share_ppm // MILLION
     if view.spec.role is Role.PREFILLER:
         active = max(view.kv_active_tokens + view.backlog_tokens, view.kv_used_tokens)
-        constant = rules.host_base_load_ppm + rules.host_share_weight_ppm * view.prefill_share_ppm // MILLION
+        constant += rules.host_base_load_ppm
         gated = view.prefill_share_ppm > rules.host_gate_ppm
         limit = leased_limit = capacity * max(rules.kv_watermark_ppm - rules.host_reserve_ppm, 0) // MILLION
     if rules.idle_aware and view.spec.host_tier_tokens:

@@ -24,7 +24,7 @@ class CandidateView(NamedTuple):
         running: streams decoding on it.
         rate_tokens_per_s: observed prefill rate.
         active_tokens: the part of `leased_tokens` whose leases are in a turn or were until a moment ago.
-        prefill_share_ppm: share of its time with prefill work, averaged over 20 s; starts at "all of it".
+        prefill_share_ppm: share of its time with prefill work, averaged over 20 s; a prefiller starts at "all of it".
         uncached_tokens: prompt tokens it would have to prefill, -1 where no score was computed.
         score_us: the prefill score in microseconds (policy section 7), -1 where the rule did not compute one.
     """

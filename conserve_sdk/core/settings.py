@@ -47,9 +47,9 @@ class PlacementSettings:
         leased_weight_ppm: weight of leased KV beside active KV in a decoder's load (.25).
         prefiller_hosts: whether prefillers may host leases.
         host_gate_ppm: a prefiller hosts while its prefill share is at most this (GATE = .7).
-        host_reserve_ppm: share of a prefiller's KV that leases leave free (PRES = .3).
-        host_base_load_ppm, host_share_weight_ppm: added to the load of a prefiller: constant, and per prefill share
-            (H0 = 0, BETA = .3).
+        host_reserve_ppm: share of a prefiller's KV that leases leave free (PRES = .15).
+        host_base_load_ppm: added to the load of a prefiller that hosts (H0 = 0).
+        host_share_weight_ppm: where prefillers may host, added to every engine's load per prefill share (BETA = .3).
         prefill_share_window_ms: memory of the prefill share (20 s).
         move_appends: large appends may be prefilled on a prefiller.
         re_lease: leases may move to another decoder in a gap.
@@ -75,7 +75,7 @@ class PlacementSettings:
     leased_weight_ppm: Ppm = Ppm(0)
     prefiller_hosts: PrefillerHosts = PrefillerHosts.NEVER
     host_gate_ppm: Ppm = Ppm(700_000)
-    host_reserve_ppm: Ppm = Ppm(300_000)
+    host_reserve_ppm: Ppm = Ppm(150_000)
     host_base_load_ppm: Ppm = Ppm(0)
     host_share_weight_ppm: Ppm = Ppm(300_000)
     prefill_share_window_ms: Ms = Ms(20_000)

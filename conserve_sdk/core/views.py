@@ -34,7 +34,7 @@ class EngineView:
         leases: live leases that name it as decoder.
         busy: how many of those are in a turn.
         running, waiting: requests in the engine's own scheduler, last scraped.
-        prefill_share_ppm: share of its time with prefill work, averaged; 1 until observed otherwise.
+        prefill_share_ppm: share of its time with prefill work, averaged; 1 on a prefiller until observed otherwise.
         lost_caches: follow-up turns that found far less of their KV here than the ledger said, since the last restart.
         lost_share_ppm: share of recent follow-up turns that did.
         backlog_tokens: uncached prompt tokens dispatched to it whose first token was not yet seen.

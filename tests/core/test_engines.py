@@ -20,6 +20,7 @@ from conserve_sdk.core import (
     LeaseVerdict,
     ModelName,
     Ms,
+    Ppm,
     Role,
     Tokens,
     TransferGroup,
@@ -42,7 +43,11 @@ def test_an_engine_is_unknown_until_it_is_observed() -> None:
     world = World(fleet=[])
     assert world.configure(spec("d0")) == []
     assert world.view("d0") == EngineView(
-        spec=spec("d0"), state=EngineState.UNKNOWN, detail="not observed yet", rate_tokens_per_s=10_000
+        spec=spec("d0"),
+        state=EngineState.UNKNOWN,
+        detail="not observed yet",
+        rate_tokens_per_s=10_000,
+        prefill_share_ppm=Ppm(0),
     )
     assert states(world.observe("d0")) == [("d0", EngineState.UNKNOWN, EngineState.READY)]
     assert (world.view("d0").incarnation, world.view("d0").observed_at_ms, world.view("d0").detail) == ("i1", 0, "")

@@ -24,7 +24,7 @@ from conserve_sdk.core import (
     Waiting,
 )
 from conserve_sdk.core.estimates import averaged_share_ppm
-from tests.core.world import World, answers, granted, only, refused, spec
+from tests.core.world import CAPACITY, World, answers, engines, granted, only, refused, spec
 
 LONG = Tokens(200_000)
 
@@ -199,7 +199,7 @@ class TestPrefillersHost:
         here.observe("p0")
         assert refused(here.request("c", 2_000)).reason is RefusalReason.NO_CAPACITY
 
-    @pytest.mark.parametrize(("tokens", "fits"), [(59_000, True), (59_001, False)])
+    @pytest.mark.parametrize(("tokens", "fits"), [(74_000, True), (74_001, False)])
     def test_its_reserve_stays_free(self, tokens: int, fits: bool) -> None:
         here = self.world()
         here.wait(10_000)
@@ -208,7 +208,7 @@ class TestPrefillersHost:
         assert (here.broker.lease_count() == 1) is fits
 
     @pytest.mark.parametrize(
-        ("tier", "tokens", "fits"), [(0, 9_000, True), (0, 9_001, False), (250_000, 59_001, False)]
+        ("tier", "tokens", "fits"), [(0, 24_000, True), (0, 24_001, False), (250_000, 74_001, False)]
     )
     def test_with_a_host_tier_the_idle_do_not_fill_its_room(self, tier: int, tokens: int, fits: bool) -> None:
         preset = replace(DEFAULT, prefill_share_window_ms=Ms(1_000))
@@ -221,7 +221,7 @@ class TestPrefillersHost:
         here.request("next", tokens)
         assert (here.broker.lease_count() == 2) is fits
         if tier:
-            assert granted(here.request("after", 59_000)).lease.decoder.engine_id == "p0"
+            assert granted(here.request("after", 74_000)).lease.decoder.engine_id == "p0"
 
     def test_prefills_under_way_count_against_it(self) -> None:
         here = self.world()
@@ -231,8 +231,8 @@ class TestPrefillersHost:
         here.wait(10_000)
         here.observe("p0")
         here.observe("d0", kv_used_tokens=Tokens(88_000))
-        assert refused(here.request("c", 50_001)).receipt.candidates
-        assert granted(here.request("c", 50_000)).lease.decoder.engine_id == "p0"
+        assert refused(here.request("c", 65_001)).receipt.candidates
+        assert granted(here.request("c", 65_000)).lease.decoder.engine_id == "p0"
 
     def test_its_share_follows_counted_time_where_there_is_any(self) -> None:
         here = self.world()
@@ -255,6 +255,21 @@ class TestPrefillersHost:
         here.observe("p0")
         here.observe("p0", incarnation=Incarnation("i2"))
         assert here.view("p0").prefill_share_ppm == 1_000_000
+
+    @pytest.mark.parametrize(("hosts", "chosen"), [(PrefillerHosts.AUTO, "d1"), (PrefillerHosts.NEVER, "d0")])
+    def test_where_prefillers_host_prefill_work_is_load_on_every_engine(
+        self, hosts: PrefillerHosts, chosen: str
+    ) -> None:
+        preset = replace(DEFAULT, prefill_share_window_ms=Ms(1_000), prefiller_hosts=hosts)
+        here = World(settings=BrokerSettings(placement=preset), fleet=engines(decoders=2, prefillers=0))
+        assert here.view("d0").prefill_share_ppm == 0, "a decoder starts as idle"
+        here.observe("d0", prefill_busy_ms_total=Ms(1))
+        here.wait(1_000)
+        here.observe("d0", prefill_tokens_total=Tokens(900), prefill_busy_ms_total=Ms(91))
+        here.observe("d1", kv_used_tokens=Tokens(CAPACITY // 100))
+        # d0: 0.3 * 0.045 for its prefill work; d1: 0.01 of its KV, and a quarter of that once more as leased.
+        assert here.view("d0").prefill_share_ppm == 45_000
+        assert here.grant("c", 2_000).decoder.engine_id == chosen
 
     def test_two_scrapes_at_one_instant_change_nothing(self) -> None:
         here = self.world()

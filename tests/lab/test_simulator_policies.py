@@ -81,13 +81,30 @@ def test_short_prompts_pass_a_long_one_between_its_slices() -> None:
     conversations = [long, *[short] * 9]
 
     def last_first_token_us(name: str) -> tuple[int, int]:
-        outcome = simulate(conversations, replace(POLICIES[name], prefill_share=0), [KIND], per_s=50, seed=1)
+        policy = replace(POLICIES[name], prefill_share=0, long_prefill_tokens=0)
+        outcome = simulate(conversations, policy, [KIND], per_s=50, seed=1)
         waits = [story.first_tokens_us[0] - story.arrived_us for story in outcome.stories]
         return waits[0], max(waits[1:])
 
     (whole_us, behind_us), (sliced_us, passing_us) = last_first_token_us("default"), last_first_token_us("sliced")
     assert passing_us * 5 < behind_us, "they wait for a slice, not for the prompt"
     assert sliced_us < whole_us * 1.1, "the long one pays for the steps that it shares"
+
+
+def test_short_prompts_pass_one_long_prompt_of_default_and_wait_behind_two() -> None:
+    """Of a step of 512 tokens the first long prompt takes 384, the second the rest."""
+
+    def longest_wait_us(longs: int) -> int:
+        sizes = [90_000] * longs + [300] * 5
+        conversations = [
+            Conversation(conversation_id="c", turns=(Turn(append_tokens=tokens, output_tokens=2),)) for tokens in sizes
+        ]
+        policy = replace(POLICIES["default"], prefill_share=0)
+        outcome = simulate(conversations, policy, [KIND], per_s=50, seed=1)
+        return max(story.first_tokens_us[0] - story.arrived_us for story in outcome.stories[longs:])
+
+    assert longest_wait_us(1) < 1_000_000
+    assert longest_wait_us(2) > 10_000_000
 
 
 def test_long_prompts_stay_in_the_order_in_which_they_came() -> None:

@@ -110,6 +110,8 @@ _EVERY_TURN = Policy(
     preset="paper",
     prefill_share=_QUARTER,
 )
+_FINE: dict[str, Any] = {"decode_chunk": 512, "long_prefill_tokens": 384}
+"""A step of 512 tokens, of which one long prompt takes 384 at most: short ones pass it, and no step gets longer."""
 _A0 = Policy(name="a0", about="aggregated, session affinity with lease-accounted admission", preset="affinity")
 
 POLICIES: dict[str, Policy] = {
@@ -129,6 +131,13 @@ POLICIES: dict[str, Policy] = {
             about="a0 with vLLM's long-prefill threshold and a host KV tier: the strongest reference",
             long_prefill_tokens=512,
             host_tier=True,
+        ),
+        replace(
+            _A0,
+            name="a2-fine",
+            about="a2 on engines set as those of default: what of a gain is the engines', and not placement's",
+            host_tier=True,
+            **_FINE,
         ),
         Policy(
             name="pd-round-robin",
@@ -200,16 +209,19 @@ POLICIES: dict[str, Policy] = {
             preset="default",
             prefill_share=_QUARTER,
             prefill_chunk=512,
-            decode_chunk=512,
+            prefiller_long_tokens=384,
             host_tier=True,
+            **_FINE,
         ),
     )
 }
 POLICIES["sliced"] = replace(
     POLICIES["default"],
     name="sliced",
-    about="default with long prompts computed in slices, on engines that take short ones first",
+    about="default with long prompts computed in slices, on engines that take short ones first and need no threshold",
     slice_tokens=8_192,
+    long_prefill_tokens=0,
+    prefiller_long_tokens=0,
 )
 """By name. Every policy with a preset has the same lease-accounted admission."""
 
