@@ -88,7 +88,8 @@ def test_loads_relative_to_saturation_a_sweep_and_the_report(
     assert [row["settings"]["saturation"] for row in rows[:: len(rows) // 2]] == [0.5, 2.0]
     chunks = [(row["policy"], row["settings"]["decode_chunk"]) for row in rows if row["load"] == slow]
     assert chunks[:4] == [("a2@512", 512), ("a2@1024", 1024), ("a2", 2944), ("a2@8192", 8192)]
-    assert len(chunks) == 8
+    assert chunks[4:6] == [("default@512", 512), ("default", 768)], "its own and the four"
+    assert len(chunks) == 9
     assert "Where ours loses" in html_path.read_text("utf-8")
     assert "report in" in capsys.readouterr().out
 

@@ -92,7 +92,7 @@ def test_short_prompts_pass_a_long_one_between_its_slices() -> None:
 
 
 def test_short_prompts_pass_one_long_prompt_of_default_and_wait_behind_two() -> None:
-    """Of a step of 512 tokens the first long prompt takes 384, the second the rest."""
+    """Of a step of 768 tokens the first long prompt takes 384, the second the rest."""
 
     def longest_wait_us(longs: int) -> int:
         sizes = [90_000] * longs + [300] * 5

@@ -110,8 +110,8 @@ _EVERY_TURN = Policy(
     preset="paper",
     prefill_share=_QUARTER,
 )
-_FINE: dict[str, Any] = {"decode_chunk": 512, "long_prefill_tokens": 384}
-"""A step of 512 tokens, of which one long prompt takes 384 at most: short ones pass it, and no step gets longer."""
+_FINE: dict[str, Any] = {"decode_chunk": 768, "long_prefill_tokens": 384}
+"""Steps of 768 tokens, of which one long prompt takes 384 at most: short ones pass it, or another long one."""
 _A0 = Policy(name="a0", about="aggregated, session affinity with lease-accounted admission", preset="affinity")
 
 POLICIES: dict[str, Policy] = {
@@ -208,7 +208,7 @@ POLICIES: dict[str, Policy] = {
             about="ConServe with the observed-state score and a host KV tier",
             preset="default",
             prefill_share=_QUARTER,
-            prefill_chunk=512,
+            prefill_chunk=768,
             prefiller_long_tokens=384,
             host_tier=True,
             **_FINE,
@@ -218,8 +218,10 @@ POLICIES: dict[str, Policy] = {
 POLICIES["sliced"] = replace(
     POLICIES["default"],
     name="sliced",
-    about="default with long prompts computed in slices, on engines that take short ones first and need no threshold",
+    about="default with long prompts computed in slices, on engines of steps of 512 that take short ones first",
     slice_tokens=8_192,
+    prefill_chunk=512,
+    decode_chunk=512,
     long_prefill_tokens=0,
     prefiller_long_tokens=0,
 )
