@@ -103,7 +103,7 @@ class PlacementTable(Table):
     host_base_load: Ratio | None = None
     """Load added to every prefiller, 0 to 1 (H0)."""
     host_share_weight: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
-    """Weight of a prefiller's prefill share in its load (BETA)."""
+    """Weight of the prefill share in an engine's load, where prefillers may host (BETA)."""
     prefill_share_window_ms: Annotated[int, Field(ge=100, le=3_600_000)] | None = None
     """Memory of the prefill share, in milliseconds."""
     move_appends: bool | None = None
