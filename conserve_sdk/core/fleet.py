@@ -286,13 +286,19 @@ class Fleet:
         engine.backlog.drain(tokens)
         if busy_ms > 0:
             engine.rate_tokens_per_s = averaged_rate(engine.rate_tokens_per_s, tokens=tokens, took_ms=Ms(busy_ms))
-        span_ms = now.now_ms - before.now_ms
+        span_ms, rules = now.now_ms - before.now_ms, self._settings.placement
         if span_ms > 0:
             engine.prefill_share_ppm = averaged_share_ppm(
                 engine.prefill_share_ppm,
-                sample_ppm=_busy_share_ppm(engine, tokens=tokens, busy_ms=busy_ms, span_ms=span_ms),
+                sample_ppm=_busy_share_ppm(
+                    engine,
+                    tokens=tokens,
+                    busy_ms=busy_ms,
+                    span_ms=span_ms,
+                    default_rate_tokens_per_s=rules.default_rate_tokens_per_s,
+                ),
                 span_ms=span_ms,
-                window_ms=self._settings.placement.prefill_share_window_ms,
+                window_ms=rules.prefill_share_window_ms,
             )
 
     def _prune_backlogs(self, now_ms: Ms) -> None:
@@ -454,10 +460,15 @@ def _unseen_share_ppm(spec: EngineSpec) -> Ppm:
     return Ppm(MILLION if spec.role is Role.PREFILLER else 0)
 
 
-def _busy_share_ppm(engine: _Engine, *, tokens: int, busy_ms: int, span_ms: int) -> int:
-    """The share of a span in which an engine prefilled: counted, else its tokens over its rate, else "all of it"."""
+def _busy_share_ppm(engine: _Engine, *, tokens: int, busy_ms: int, span_ms: int, default_rate_tokens_per_s: int) -> int:
+    """The share of a span in which an engine prefilled: counted, else its tokens over its rate.
+
+    While the rate is unknown a prefiller with any work counts as busy, so that it hosts nothing; elsewhere that would
+    be load that nobody saw, and the default rate stands in.
+    """
     if _counts_prefill_time(engine):
         return busy_ms * MILLION // span_ms
-    if tokens > 0 and engine.rate_tokens_per_s == 0:
+    rate_tokens_per_s = engine.rate_tokens_per_s or default_rate_tokens_per_s
+    if engine.rate_tokens_per_s == 0 and tokens > 0 and engine.spec.role is Role.PREFILLER:
         return MILLION
-    return tokens * 1_000 * MILLION // (max(engine.rate_tokens_per_s, 1) * span_ms)
+    return tokens * 1_000 * MILLION // (rate_tokens_per_s * span_ms)

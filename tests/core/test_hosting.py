@@ -249,6 +249,15 @@ class TestPrefillersHost:
         here.observe("p0", prefill_tokens_total=Tokens(1))
         assert here.view("p0").prefill_share_ppm == 750_000
 
+    @pytest.mark.parametrize(("role", "share_ppm"), [(Role.PREFILLER, 750_000), (Role.DECODER, 5_000)])
+    def test_at_an_unknown_rate_a_decoder_is_as_busy_as_the_default_rate_says(self, role: Role, share_ppm: int) -> None:
+        preset = replace(DEFAULT, prefill_share_window_ms=Ms(1_000))
+        here = World(settings=BrokerSettings(placement=preset), fleet=[spec("e", role)])
+        for tokens in (0, 100):
+            here.wait(1_000)
+            here.observe("e", prefill_tokens_total=Tokens(tokens))
+        assert here.view("e").prefill_share_ppm == share_ppm
+
     def test_a_restart_makes_it_busy_again(self) -> None:
         here = self.world()
         here.wait(10_000)
