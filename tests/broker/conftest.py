@@ -17,8 +17,24 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from conserve_broker.journal import Journal
+
 VLLM_PAGE = Path(__file__).with_name("data").joinpath("vllm-0.32.0-decoder.metrics").read_bytes()
 BUDGET_S = 30.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a journal may be."""
+    return tmp_path / "leases.db"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    """A journal that nothing was written to."""
+    journal = Journal.open(path)
+    yield journal
+    journal.close()
 
 
 class PageEngine:

@@ -1,6 +1,5 @@
 """What a receipt says of other engines, in the journal: written once, read when somebody asks."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +16,6 @@ WHOLE = replace(
     LEASE.receipt,
     candidates=tuple(CandidateView(f"d{number}", "decoder", "fits", 9, 8, 7, 6, 5, 4) for number in range(2)),
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "leases.db"
-
-
-@pytest.fixture
-def journal(path: Path) -> Iterator[Journal]:
-    journal = Journal.open(path)
-    yield journal
-    journal.close()
 
 
 def test_they_stay_with_the_row_and_go_with_it(journal: Journal) -> None:
