@@ -18,6 +18,7 @@ KEYS = {
     "grant_cpu_us",
     "server_ceiling_per_s",
     "grant_p99_ms_at_half_load",
+    "server_p99_ms_at_half_load",
     "renewal_cpu_us",
     "report_cpu_us",
     "recovery_s_100k",

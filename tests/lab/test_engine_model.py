@@ -179,17 +179,17 @@ def test_held_blocks_stay_until_released_or_expired() -> None:
     assert [len(item.held_blocks) for item in result.progress] == [3, 3]
     assert [item.computed_tokens for item in result.progress] == [9, 9]
     assert model.pool.used == 6
-    assert model.release_hold("a")
-    assert not model.release_hold("a")
-    assert model.next_hold_expiry_us() == end + 500
-    assert model.expire_holds(now_us=end + 499) == []
-    assert model.renew_hold("b", until_us=end + 900)
-    assert model.expire_holds(now_us=end + 899) == []
-    assert model.expire_holds(now_us=end + 900) == ["b"]
-    assert not model.renew_hold("b", until_us=10**9)
+    assert model.holds.release("a")
+    assert not model.holds.release("a")
+    assert model.holds.next_expiry_us() == end + 500
+    assert model.holds.expire(now_us=end + 499) == []
+    assert model.holds.renew("b", until_us=end + 900)
+    assert model.holds.expire(now_us=end + 899) == []
+    assert model.holds.expire(now_us=end + 900) == ["b"]
+    assert not model.holds.renew("b", until_us=10**9)
     assert model.pool.used == 0
     assert model.counters.holds_expired == 1
-    assert model.next_hold_expiry_us() is None
+    assert model.holds.next_expiry_us() is None
 
 
 def test_holds_make_the_next_request_wait_and_expiry_lets_it_in() -> None:

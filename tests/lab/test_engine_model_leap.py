@@ -100,7 +100,7 @@ def test_a_leap_equals_single_steps(
     for run in runs:
         for _ in range(100):
             run.until(run.now_us + 1_000)
-        run.model.expire_holds(now_us=run.now_us)
+        run.model.holds.expire(now_us=run.now_us)
         run.model.check()
         assert not run.model.has_work
     assert runs[0].tokens == runs[1].tokens

@@ -89,14 +89,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(number=st.integers(1, 40))
     def cancel(self, number: int) -> None:
         self.model.cancel(f"r{number}")
-        self.model.release_hold(f"r{number}")
+        self.model.holds.release(f"r{number}")
 
     @rule(late_us=st.sampled_from([-1, 0, 1]))
     def land_on_next_expiry(self, late_us: int) -> None:
-        due_us = self.model.next_hold_expiry_us()
+        due_us = self.model.holds.next_expiry_us()
         if due_us is not None and due_us + late_us >= self.now_us:
             self.now_us = due_us + late_us
-            ended = self.model.expire_holds(now_us=self.now_us)
+            ended = self.model.holds.expire(now_us=self.now_us)
             assert bool(ended) == (late_us >= 0)
 
     @invariant()

@@ -153,9 +153,9 @@ class _Run:
         self._pid = pid
 
     def grants(self, bare_port: int, bare_pid: int) -> Figures:
-        """Grants and the bare server's answers in turn, as fast as they come; then grants at half of that."""
+        """Grants and the bare server's answers in turn, as fast as they come; then both at half the rate of grants."""
         bench = self._bench
-        task = self._progress.add_task("grants beside the bare server", total=2 * bench.slices + 2)
+        task = self._progress.add_task("grants beside the bare server", total=4 * bench.slices + 2)
         taken: dict[int, list[tuple[Taken, float]]] = {self._port: [], bare_port: []}
         for port, pid in ((self._port, self._pid), (bare_port, bare_pid)):
             self._timed(self._grant_job(port), pid)  # code and connections that were used before
@@ -169,11 +169,12 @@ class _Run:
         bare_rates = [len(each.ms) / each.seconds for each, _ in bare]
         costs = [us / len(each.ms) for each, us in granted]
         bare_costs = [us / len(each.ms) for each, us in bare]
-        half = [
-            self._timed(self._grant_job(self._port, per_s=statistics.median(rates) / 2), self._pid)[0]
-            for _ in range(bench.slices)
-        ]
-        at_half = percentiles([ms for each in half for ms in each.ms])
+        half: dict[int, list[Taken]] = {self._port: [], bare_port: []}
+        for _ in range(bench.slices):
+            for port, pid in ((self._port, self._pid), (bare_port, bare_pid)):
+                half[port].append(self._timed(self._grant_job(port, per_s=statistics.median(rates) / 2), pid)[0])
+                self._progress.advance(task)
+        at_half, bare_at_half = (percentiles([ms for each in taken for ms in each.ms]) for taken in half.values())
         return {
             "grants_per_s": round(statistics.median(rates)),
             "grant_cpu_us": round(statistics.median(costs), 1),
@@ -186,7 +187,11 @@ class _Run:
             "server_ceiling_at_full_load": percentiles([ms for each, _ in bare for ms in each.ms]),
             "grant_at_half_load": at_half | {"per_s": round(statistics.median(rates) / 2)},
             "grant_p99_ms_at_half_load": at_half["p99_ms"],
-            "grant_p99_ms_at_half_load_slices": spread_of([percentiles(each.ms)["p99_ms"] for each in half]),
+            "grant_p99_ms_at_half_load_slices": spread_of(
+                [percentiles(each.ms)["p99_ms"] for each in half[self._port]]
+            ),
+            "server_at_half_load": bare_at_half,
+            "server_p99_ms_at_half_load": bare_at_half["p99_ms"],
             "spread": {
                 "grants_per_s": spread_of(rates, digits=0),
                 "grant_cpu_us": spread_of(costs, digits=1),
@@ -357,7 +362,8 @@ def _table(found: Figures) -> Table:
     )
     for column in ("", "measured", "spread", "goal"):
         table.add_column(column, justify="left" if not column else "right")
-    for key in (*GOALS, "server_ceiling_per_s", "server_ceiling_cpu_us", "grant_cpu_over_ceiling"):
+    beside = ("server_ceiling_per_s", "server_ceiling_cpu_us", "grant_cpu_over_ceiling", "server_p99_ms_at_half_load")
+    for key in (*GOALS, *beside):
         goal = "" if key not in GOALS else f"{'>=' if key == 'grants_per_s' else '<='} {GOALS[key]}"
         spread = found["spread"].get(key)
         between = "" if spread is None else f"{spread['p25']} .. {spread['p75']}"

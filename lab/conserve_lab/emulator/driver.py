@@ -76,7 +76,7 @@ class Driver:
         if self._streams.pop(request_id, None) is None:
             return False
         if not self.model.cancel(request_id):
-            self.model.release_hold(request_id)  # finished in the step that is still being slept through
+            self.model.holds.release(request_id)  # finished in the step that is still being slept through
         self._wake.set()
         return True
 
@@ -124,7 +124,7 @@ class Driver:
 
     async def _sleep_until_woken(self) -> None:
         """Wait for a request, a fetch, a cancellation, or the end of the next hold."""
-        expiry_us = self.model.next_hold_expiry_us()
+        expiry_us = self.model.holds.next_expiry_us()
         timeout_s = _WAIT_MAX_S
         if expiry_us is not None:
             timeout_s = min(timeout_s, max(0.0, (expiry_us - self.clock_us()) / 1e6 + 0.001))

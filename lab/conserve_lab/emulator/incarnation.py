@@ -214,7 +214,7 @@ class Incarnation:
             previous = self._book.end(order.lease_id)
         elif order is not None and run.held:
             hold_us = min(round(order.hold_s * 1e6), self.config.kv_lease_ms * 1000)
-            self.model.renew_hold(run.internal_id, until_us=now_us + hold_us)
+            self.model.holds.renew(run.internal_id, until_us=now_us + hold_us)
             until_s = (now_us + hold_us) / 1e6
             previous = self._book.begin(order.lease_id, run.internal_id, until_s=until_s, now_s=now_us / 1e6)
         if previous is not None and previous in self.model.holds:
@@ -228,14 +228,14 @@ class Incarnation:
 
     def release(self, request_id: str, *, state: HoldState) -> None:
         """Free a peer's blocks: it has read them, or will not."""
-        if not self.model.release_hold(request_id):
+        if not self.model.holds.release(request_id):
             self.metrics.notifications_after_expiry += 1
         self.ledger.end(request_id, state, now_us=self.clock_us())
         self.driver.wake()
 
     def end_heartbeats(self, request_id: str, *, until_us: int) -> None:
         """The peer that claimed a hold is dead: its blocks go when the lease ends."""
-        self.model.renew_hold(request_id, until_us=until_us)
+        self.model.holds.renew(request_id, until_us=until_us)
         self.driver.wake()
 
     def expire_now(self) -> None:
@@ -245,7 +245,7 @@ class Incarnation:
     def refresh_ledger(self, *, now_us: int | None = None) -> None:
         """End the holds whose lease is over and note in the ledger when."""
         at_us = self.clock_us() if now_us is None else now_us
-        self._note_expired(tuple(self.model.expire_holds(now_us=at_us)))
+        self._note_expired(tuple(self.model.holds.expire(now_us=at_us)))
         self.driver.wake()
 
     # ---- pulling from peers --------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Incarnation:
         if held is None:
             return _Pull(params, None)
         # Heartbeats: from here on the blocks are safe however long the request queues.
-        source.model.renew_hold(params.request_id, until_us=_NEVER_US)
+        source.model.holds.renew(params.request_id, until_us=_NEVER_US)
         return _Pull(params, source)
 
     def _compatible(self, source: Incarnation) -> bool:

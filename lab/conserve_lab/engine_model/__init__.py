@@ -8,17 +8,12 @@ from __future__ import annotations
 
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig, StepCost, TransferCost
+from conserve_lab.engine_model.counters import EngineCounters
+from conserve_lab.engine_model.holds import Hold, Holds
 from conserve_lab.engine_model.host_tier import HostTier
 from conserve_lab.engine_model.leap import Leap
 from conserve_lab.engine_model.model import EngineModel
-from conserve_lab.engine_model.results import (
-    EngineCounters,
-    FetchStart,
-    Hold,
-    Progress,
-    PromptSources,
-    StepResult,
-)
+from conserve_lab.engine_model.results import FetchStart, Progress, PromptSources, StepResult
 from conserve_lab.engine_model.sequence import EngineRequest, SequenceState
 from conserve_lab.engine_model.transfer import TransferLink
 
@@ -30,6 +25,7 @@ __all__ = [
     "EngineRequest",
     "FetchStart",
     "Hold",
+    "Holds",
     "HostTier",
     "Leap",
     "Progress",

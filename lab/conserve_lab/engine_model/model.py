@@ -1,24 +1,19 @@
-"""The engine itself: admission, continuous batching, chunked prefill, preemption, holds."""
+"""The engine itself: admission, continuous batching, chunked prefill, preemption."""
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
+from conserve_lab.engine_model.batch import Batch
 from conserve_lab.engine_model.blocks import BlockPool
 from conserve_lab.engine_model.config import EngineModelConfig
+from conserve_lab.engine_model.counters import EngineCounters
+from conserve_lab.engine_model.holds import Hold, Holds
 from conserve_lab.engine_model.host_tier import HostTier
 from conserve_lab.engine_model.leap import Leap, block_events, steps_within_blocks, steps_without_end
-from conserve_lab.engine_model.results import (
-    EngineCounters,
-    FetchStart,
-    Hold,
-    Progress,
-    PromptSources,
-    StepResult,
-)
+from conserve_lab.engine_model.results import FetchStart, Progress, PromptSources, StepResult
 from conserve_lab.engine_model.sequence import EngineRequest, Sequence, SequenceState
 from conserve_lab.engine_model.waiting import Waiting
 
@@ -41,21 +36,23 @@ class EngineModel:
 
     Args:
         config: Sizes, limits and speeds.
+
+    Attributes:
+        counters: Totals since the start.
+        holds: Finished requests whose blocks are still held.
     """
 
     def __init__(self, config: EngineModelConfig) -> None:
         self.config = config
         self.counters = EngineCounters()
         self._pool = BlockPool(config.kv_blocks)
+        self.holds = Holds(self._pool, self.counters)
         self._host = HostTier(config.host_blocks)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = Waiting(by_priority=config.priority_scheduling)
         self._fetched: deque[Sequence] = deque()
         self._fetching: dict[str, Sequence] = {}
-        self._running: list[Sequence] = []
-        self._decoding: list[Sequence] = []
-        """Those of them that only decode, in order of arrival."""
-        self._holds: dict[str, Hold] = {}
+        self._batch = Batch()
         self._arrivals = 0
         self._crowded = False
 
@@ -64,7 +61,7 @@ class EngineModel:
     @property
     def running(self) -> int:
         """Requests in the batch."""
-        return len(self._running)
+        return len(self._batch.running)
 
     @property
     def waiting(self) -> int:
@@ -87,19 +84,14 @@ class EngineModel:
         return self._pool.used * 1_000_000 // self._pool.total
 
     @property
-    def holds(self) -> dict[str, Hold]:
-        """Finished requests whose blocks are still held, by request id."""
-        return self._holds
-
-    @property
     def running_ids(self) -> tuple[str, ...]:
         """Ids of the requests in the batch."""
-        return tuple(sequence.request.request_id for sequence in self._running)
+        return tuple(sequence.request.request_id for sequence in self._batch.running)
 
     @property
     def has_work(self) -> bool:
         """Whether a step could compute something now or once blocks are free."""
-        return bool(self._running or self._waiting or self._fetched)
+        return bool(self._batch.running or self._waiting or self._fetched)
 
     @property
     def unprefilled_tokens(self) -> int:
@@ -119,7 +111,7 @@ class EngineModel:
         Raises:
             ValueError: The id is in use, or the request could never fit into the KV cache.
         """
-        if request.request_id in self._sequences or request.request_id in self._holds:
+        if request.request_id in self._sequences or request.request_id in self.holds:
             raise ValueError(f"request id {request.request_id!r} is in use; ids must be unique")
         needed = self.config.blocks_for(request.prompt_tokens + request.output_tokens)
         if needed > self.config.kv_blocks:
@@ -138,7 +130,7 @@ class EngineModel:
         if sequence is None:
             return False
         if sequence.state is SequenceState.RUNNING:
-            self._leave_batch(sequence)
+            self._batch.leave(sequence)
         elif sequence.state is SequenceState.FETCHING:
             del self._fetching[request_id]
         elif sequence.state is SequenceState.FETCHED:
@@ -185,36 +177,6 @@ class EngineModel:
         self._publish(sequence, full=sequence.computed // size)
         self._fetched.append(sequence)
 
-    # ---- holds ---------------------------------------------------------------------------------------------
-
-    def release_hold(self, request_id: str) -> bool:
-        """Free a held request's blocks (its peer has read them); False when nothing is held under that id."""
-        hold = self._holds.pop(request_id, None)
-        if hold is None:
-            return False
-        self._pool.release(hold.blocks)
-        return True
-
-    def renew_hold(self, request_id: str, *, until_us: int) -> bool:
-        """Let a hold end at `until_us` (a peer's heartbeat); False when it is gone."""
-        hold = self._holds.get(request_id)
-        if hold is None:
-            return False
-        hold.expires_at_us = until_us
-        return True
-
-    def expire_holds(self, *, now_us: int) -> list[str]:
-        """Free every hold whose lease has ended by `now_us` and return their request ids."""
-        ended = [key for key, hold in self._holds.items() if hold.expires_at_us <= now_us]
-        for request_id in ended:
-            self.release_hold(request_id)
-        self.counters.holds_expired += len(ended)
-        return ended
-
-    def next_hold_expiry_us(self) -> int | None:
-        """Return the instant the next hold ends, or None."""
-        return min((hold.expires_at_us for hold in self._holds.values()), default=None)
-
     # ---- the step ------------------------------------------------------------------------------------------
 
     def step(self, now_us: int) -> StepResult:
@@ -223,7 +185,7 @@ class EngineModel:
         The state is advanced at once; the tokens exist `duration_us` later, when the caller hands them on and
         calls again.
         """
-        expired = self.expire_holds(now_us=now_us)
+        expired = self.holds.expire(now_us=now_us)
         # vLLM: a long prefill that is the only request starves nobody and takes the whole budget.
         self._crowded = self.running + self.waiting > 1
         plan: list[_Work] = []
@@ -268,14 +230,14 @@ class EngineModel:
 
         Ends before the step in which a request finishes, a block is missing, or a hold runs out: those are `step`'s.
         """
-        running = self._decoding
-        if not running or self._fetched or len(running) < len(self._running):
+        running = self._batch.decoding
+        if not running or self._fetched or len(running) < len(self._batch.running):
             return None
         if len(running) > self.config.max_num_batched_tokens:
             return None
         if self._waiting and len(running) < self.config.max_num_seqs:
             return None
-        expiry_us = self.next_hold_expiry_us()
+        expiry_us = self.holds.next_expiry_us()
         until_us = until_us if expiry_us is None else min(until_us, expiry_us)
         steps = steps_within_blocks(
             running, steps_without_end(running), free=self._pool.free, block_size=self.config.block_size
@@ -312,15 +274,14 @@ class EngineModel:
         Then it is for `_plan_running` to say who stays behind. Most steps have room for all, so they are what has to
         be fast.
         """
-        decoding, config = self._decoding, self.config
+        running, decoding, config = self._batch.running, self._batch.decoding, self.config
         missing = [each for each in decoding if each.computed == len(each.blocks) * config.block_size]
         if len(decoding) >= config.max_num_batched_tokens:
             return []
         needed = len(missing)
-        if len(decoding) < len(self._running):
-            needed += sum(
-                max(config.blocks_for(each.known) - len(each.blocks), 0) for each in self._running if not each.decoding
-            )
+        if len(decoding) < len(running):
+            prefilling = [each for each in running if not each.decoding]
+            needed += sum([max(config.blocks_for(each.known) - len(each.blocks), 0) for each in prefilling])
         if needed > self._pool.free:
             return []
         for sequence in missing:
@@ -335,9 +296,9 @@ class EngineModel:
             budget: tokens that the step has left.
             planned: sequences that have theirs already: all that decode, or none.
         """
-        if planned == len(self._running):
+        if planned == len(self._batch.running):
             return budget
-        left = [each for each in self._running if not each.decoding] if planned else self._running
+        left = [each for each in self._batch.running if not each.decoding] if planned else self._batch.running
         for sequence in sorted(left, key=lambda item: (not item.decoding, item.order)):
             if sequence.state is not SequenceState.RUNNING or budget <= 0:
                 continue
@@ -353,7 +314,7 @@ class EngineModel:
     def _make_room(self, sequence: Sequence, tokens: int, plan: list[_Work]) -> bool:
         """Allocate blocks for `tokens` more; False when the sequence itself had to be preempted."""
         while not self._grow(sequence, tokens):
-            victim = max(self._running, key=self._waiting.rank)
+            victim = max(self._batch.running, key=self._waiting.rank)
             self._preempt(victim)
             plan[:] = [work for work in plan if work.sequence is not victim]
             if victim is sequence:
@@ -367,7 +328,7 @@ class EngineModel:
         needs blocks could block both for ever.
         """
         fetches: list[FetchStart] = []
-        while budget > 0 and len(self._running) < self.config.max_num_seqs:
+        while budget > 0 and len(self._batch.running) < self.config.max_num_seqs:
             if self._fetched:
                 sequence = self._fetched.popleft()
             elif self._waiting and self._place(self._waiting.first):
@@ -384,7 +345,7 @@ class EngineModel:
             grown = self._grow(sequence, tokens)
             assert grown, "a placed or fetched request has room for its prompt"
             sequence.state = SequenceState.RUNNING
-            self._running.append(sequence)
+            self._batch.running.append(sequence)
             plan.append(_Work(sequence, tokens, sequence.decoding))
             budget -= tokens
         return fetches
@@ -403,18 +364,10 @@ class EngineModel:
         sequence.blocks = hits
         sequence.computed = len(hits) * size
         sequence.published = len(hits)
-        self._count_lookup(sequence)
+        if not sequence.emitted:  # else it was preempted, and has been counted
+            sequence.local_hit_tokens = min(sequence.computed, sequence.request.prompt_tokens)
+            self.counters.count_lookup(sequence)
         return True
-
-    def _count_lookup(self, sequence: Sequence) -> None:
-        """Count an admission's cache queries, unless the request has emitted tokens before (preempted)."""
-        if sequence.emitted:
-            return
-        sequence.local_hit_tokens = min(sequence.computed, sequence.request.prompt_tokens)
-        self.counters.prefix_queries += sequence.request.prompt_tokens
-        self.counters.prefix_hits += sequence.local_hit_tokens
-        if sequence.request.pull:
-            self.counters.external_queries += sequence.request.prompt_tokens - sequence.local_hit_tokens
 
     def _start_fetch(self, sequence: Sequence) -> FetchStart:
         """Allocate the whole prompt and leave the queue until the peer's KV is here."""
@@ -454,7 +407,7 @@ class EngineModel:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks and queue it first; its tokens so far are recomputed later."""
-        self._leave_batch(sequence)
+        self._batch.leave(sequence)
         sequence.preemptions += 1
         self._reset(sequence)
         self._waiting.add(sequence, again=True)
@@ -495,18 +448,14 @@ class EngineModel:
             if sequence.pending == 0:
                 progress.append(self._emit(sequence, end_us=end_us))
             if sequence.decoding and sequence.emitted < sequence.request.output_tokens:
-                self._decodes_from_now_on(sequence)
+                self._batch.decodes_from_now_on(sequence)
         return progress
-
-    def _decodes_from_now_on(self, sequence: Sequence) -> None:
-        if sequence not in self._decoding:
-            bisect.insort(self._decoding, sequence, key=lambda item: item.order)
 
     def _emit(self, sequence: Sequence, *, end_us: int) -> Progress:
         """Add one token; finish the request when it was the last."""
         sequence.emitted += 1
         self.counters.generation_tokens += 1
-        sources = self._count_prompt(sequence) if sequence.emitted == 1 else None
+        sources = self.counters.count_prompt(sequence) if sequence.emitted == 1 else None
         request = sequence.request
         if sequence.emitted < request.output_tokens:
             return sequence.token if sources is None else Progress(request_id=request.request_id, sources=sources)
@@ -515,11 +464,11 @@ class EngineModel:
     def _finish(self, sequence: Sequence, sources: PromptSources | None, *, end_us: int) -> Progress:
         """The last token is there."""
         request = sequence.request
-        self._leave_batch(sequence)
+        self._batch.leave(sequence)
         del self._sequences[request.request_id]
         if request.hold:
             blocks = tuple(sequence.blocks)
-            self._holds[request.request_id] = Hold(request.request_id, blocks, end_us + self.config.kv_lease_us)
+            self.holds.add(Hold(request.request_id, blocks, end_us + self.config.kv_lease_us))
         else:
             blocks = ()
             self._pool.release(sequence.blocks)
@@ -530,20 +479,6 @@ class EngineModel:
             held_blocks=blocks,
             computed_tokens=sequence.computed,
         )
-
-    def _leave_batch(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        if sequence in self._decoding:
-            self._decoding.remove(sequence)
-
-    def _count_prompt(self, sequence: Sequence) -> PromptSources:
-        prompt = sequence.request.prompt_tokens
-        local, external = sequence.local_hit_tokens, sequence.external_tokens
-        sources = PromptSources(prompt - local - external, local, external)
-        self.counters.local_compute_tokens += sources.local_compute
-        self.counters.local_cache_hit_tokens += local
-        self.counters.external_tokens += external
-        return sources
 
     def _publish(self, sequence: Sequence, *, full: int) -> None:
         """Offer newly filled blocks to the prefix cache."""
@@ -565,10 +500,9 @@ class EngineModel:
         For tests and for a simulator that checks itself while it runs.
         """
         owners: list[SequenceOf[int]] = [sequence.blocks for sequence in self._sequences.values()]
-        self._pool.check([*owners, *(hold.blocks for hold in self._holds.values())])
+        self._pool.check([*owners, *self.holds.blocks()])
         assert len(self._sequences) == self.running + self.waiting
-        decoding = [sequence for sequence in self._running if sequence.decoding]
-        assert sorted(decoding, key=lambda item: item.order) == self._decoding
+        self._batch.check()
         for sequence in self._sequences.values():
             assert sequence.computed <= len(sequence.blocks) * self.config.block_size
             assert sequence.local_hit_tokens < sequence.request.prompt_tokens

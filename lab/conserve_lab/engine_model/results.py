@@ -57,38 +57,3 @@ class StepResult:
     def idle(self) -> bool:
         """Whether nothing was computed and no fetch began."""
         return not self.prefill_tokens and not self.decodes and not self.fetches
-
-
-@dataclass(slots=True)
-class Hold:
-    """Blocks of a finished request, kept until a peer has read them or the lease ends."""
-
-    request_id: str
-    blocks: tuple[int, ...]
-    expires_at_us: int
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """Totals since the engine started; they only grow."""
-
-    steps: int = 0
-    generation_tokens: int = 0
-    local_compute_tokens: int = 0
-    local_cache_hit_tokens: int = 0
-    external_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    external_queries: int = 0
-    external_hits: int = 0
-    host_hits: int = 0
-    """The part of `external_hits` that came from the host tier."""
-    prefill_pairs: int = 0
-    """Pairs of a computed prompt token and one at or before it: what attention costs."""
-    preemptions: int = 0
-    holds_expired: int = 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Prompt tokens of all requests that reached their first token."""
-        return self.local_compute_tokens + self.local_cache_hit_tokens + self.external_tokens

@@ -113,7 +113,7 @@ class SimulatedEngine:
     def release_hold(self, request_id: str) -> None:
         """A peer has read the blocks of a finished request."""
         self.settle()
-        self.model.release_hold(request_id)
+        self.model.holds.release(request_id)
         self._ensure_awake()
 
     def settle(self) -> None:
@@ -187,7 +187,7 @@ class SimulatedEngine:
         if result.duration_us:
             self._wake = self._kernel.at(end_us, lambda: self._tokens(result, end_us))
         elif self.model.has_work:
-            expiry_us = self.model.next_hold_expiry_us()
+            expiry_us = self.model.holds.next_expiry_us()
             if expiry_us is not None:  # full of held blocks: nothing moves before one is freed
                 self._wake = self._kernel.at(max(expiry_us, now_us), self._run)
 
