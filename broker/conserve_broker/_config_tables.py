@@ -77,7 +77,9 @@ class PlacementTable(Table):
     harm_weight: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
     """Weight of the own prefill time per stream decoding on the engine (W of the score)."""
     local_below_tokens: TokenCount | None = None
-    """First turns under this many tokens are prefilled on the decoder."""
+    """Prompts that bring fewer new tokens are prefilled on the decoder (MIN)."""
+    extra_work: Annotated[float, Field(ge=0.0, le=1_000.0)] | None = None
+    """A prefiller may compute at most this share more tokens than the decoder would (EXTRA)."""
     transfer_overhead_us: Annotated[int, Field(ge=0, le=60_000_000)] | None = None
     """Fixed cost of one KV move, in microseconds."""
     transfer_tokens_per_s: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from conserve_sdk.core.figures import GrantFigures
 from conserve_sdk.core.settings import AFFINITY, DEFAULT, PlacementSettings
-from conserve_sdk.core.units import MILLION, ModelName, Ms, Ppm, Tokens
+from conserve_sdk.core.units import MILLION, ModelName, Ms, Ppm
 from conserve_sdk.core.views import EngineView
 from conserve_sdk.core.vocabulary import EngineState, Role
 
@@ -26,7 +26,8 @@ IDLE_PREFILL_PPM = Ppm(400_000)
 """Prefill work of the whole fleet, in engines, under which one engine of its own for it is mostly idle (GATE)."""
 FULL_PREFILL_PPM = Ppm(700_000)
 """Prefill share to which a prefiller is filled by the advice, so that its queue stays short."""
-TINY_TOKENS = Tokens(256)
+TINY_TOKENS = DEFAULT.local_below_tokens
+"""First turns below it are prefilled where they stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,10 @@ The score of an engine, in microseconds, for a first turn as for a later append;
 Streams of an engine are the larger of the busy leases on it (always fresh, but blind to other clients) and of the
 requests its scheduler was last seen running (complete, but up to a scrape old). On a pure prefiller nobody decodes:
 what runs there is prefill, and the backlog already counts it.
+
+A score is one turn's; what a prefiller computes again is everybody's loss. So it takes no prompt of which it would have
+to compute more than 1 + EXTRA times what the decoder would (an append brings its history with it), and none with fewer
+than MIN new tokens: those are a few steps of an engine, and hold up nobody.
 """
 
 from __future__ import annotations
@@ -142,8 +146,9 @@ def append_threshold_tokens(
         if _verdict(view, decoder, context_tokens, settings, now_ms) == "fits":
             there = max(context_tokens - cached.get(view.engine_id, 0), 0)
             point = _break_even_tokens(decoder, view, there, rules)
-            if point is not None:
-                points.append(max(point, rules.local_below_tokens))
+            frugal = _frugal_tokens(there, rules)
+            if point is not None and frugal is not None:
+                points.append(max(point, frugal, rules.local_below_tokens))
     return Tokens(min(points, default=0))
 
 
@@ -160,6 +165,16 @@ def _break_even_tokens(
     fixed_us = context_tokens * MILLION // prefiller.rate_tokens_per_s + rules.transfer_overhead_us
     ahead_us = decoder.backlog_tokens * MILLION // decoder.rate_tokens_per_s
     return max(fixed_us - ahead_us, 0) * MILLION // gain
+
+
+def _frugal_tokens(context_tokens: int, rules: PlacementSettings) -> int | None:
+    """The least append beside which the context that a prefiller computes again is little enough; None: there is none.
+
+    The smallest a with ``a * EXTRA // 10^6 >= context``, as `_choose_lowest_score` rounds it.
+    """
+    if not context_tokens:
+        return 0
+    return -(-context_tokens * MILLION // rules.extra_work_ppm) if rules.extra_work_ppm else None
 
 
 def _move_us(tokens: int, rules: PlacementSettings) -> int:
@@ -213,6 +228,11 @@ def _choose_lowest_score(
         candidate.score_us = score_us(
             candidate.view, uncached_tokens=candidate.uncached_tokens, moved_tokens=own, rules=rules
         )
-    best = min(usable, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
+    most_tokens = own + own * rules.extra_work_ppm // MILLION
+    frugal = [candidate for candidate in usable if candidate.uncached_tokens <= most_tokens]
+    if not frugal:
+        plan.rule = "extra_work"
+        return
+    best = min(frugal, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
     if best.score_us < plan.decoder_score_us:
         _choose(plan, best, rule="score", uncached_tokens=best.uncached_tokens)

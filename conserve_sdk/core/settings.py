@@ -35,7 +35,7 @@ class PlacementSettings:
     Attributes:
         kv_watermark_ppm: admission keeps leased (and observed) KV at or under this share of capacity (OVER = .89).
         hint_slack_ppm: a hinted decoder wins while its load is at most this much above the best (MOVE = .3).
-        local_below_tokens: first turns under this many tokens are prefilled on the decoder.
+        local_below_tokens: prompts that bring fewer new tokens are prefilled on the decoder (MIN = 2048).
         harm_weight_ppm: W, weight of own prefill time per stream decoding on the engine (.3).
         transfer_overhead_us: fixed cost of a KV move (TX = 20 ms).
         transfer_tokens_per_s: KV link speed in tokens (LINK = 25 GB/s over the model's bytes per token).
@@ -52,6 +52,7 @@ class PlacementSettings:
         host_share_weight_ppm: where prefillers may host, added to every engine's load per prefill share (BETA = .3).
         prefill_share_window_ms: memory of the prefill share (20 s).
         move_appends: large appends may be prefilled on a prefiller.
+        extra_work_ppm: a prefiller may compute at most this share more tokens than the decoder would (EXTRA = .5).
         re_lease: leases may move to another decoder in a gap.
         move_threshold_ppm: difference of loads above which they do (MOVE = .3).
         move_release_ppm: difference at or under which a standing directive is withdrawn (half of MOVE).
@@ -80,6 +81,7 @@ class PlacementSettings:
     host_share_weight_ppm: Ppm = Ppm(300_000)
     prefill_share_window_ms: Ms = Ms(20_000)
     move_appends: bool = False
+    extra_work_ppm: Ppm = Ppm(500_000)
     re_lease: bool = False
     move_threshold_ppm: Ppm = Ppm(300_000)
     move_release_ppm: Ppm = Ppm(150_000)
@@ -93,7 +95,7 @@ PAPER = PlacementSettings(
 DEFAULT = PlacementSettings(
     name="default",
     prefill_choice=PrefillChoice.SCORE,
-    local_below_tokens=Tokens(256),
+    local_below_tokens=Tokens(2_048),
     harm_weight_ppm=Ppm(300_000),
     idle_aware=True,
     leased_weight_ppm=Ppm(250_000),

@@ -144,6 +144,7 @@ class TestMeaning:
                     "hint_slack": 0.00397,
                     "harm_weight": 1.5,
                     "local_below_tokens": 7,
+                    "extra_work": 0.25,
                     "transfer_overhead_us": 8,
                     "transfer_tokens_per_s": 9,
                     "default_rate_tokens_per_s": 10,
@@ -158,6 +159,7 @@ class TestMeaning:
             3_970,
             1_500_000,
         )
+        assert changed.extra_work_ppm == 250_000
         assert (changed.local_below_tokens, changed.transfer_overhead_us, changed.transfer_tokens_per_s) == (7, 8, 9)
         assert (changed.default_rate_tokens_per_s, changed.reserve_tokens) == (10, 11)
 

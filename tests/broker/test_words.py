@@ -89,6 +89,7 @@ def test_the_rules_of_the_receipt_have_words() -> None:
     here = {
         "score",
         "below_minimum",
+        "extra_work",
         "never",
         "hosted_on_prefiller",
         "cannot_move",

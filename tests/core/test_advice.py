@@ -93,11 +93,11 @@ def test_a_prefiller_that_would_be_idle_is_not_worth_a_quarter_of_the_fleet(shar
     assert ("idle_prefill" in codes(found), found.prefillers) == (idle, 0 if idle else 1)
 
 
-@pytest.mark.parametrize(("tokens", "tiny"), [(255, True), (256, False)])
+@pytest.mark.parametrize(("tokens", "tiny"), [(2_047, True), (2_048, False)])
 def test_tiny_first_turns_need_no_prefiller(tokens: int, tiny: bool) -> None:
     found = advice(fleet(7, prefiller=0.6), grants=replace(SEEN, first_turn_p50_tokens=Tokens(tokens)))
     assert ("tiny_first_turns" in codes(found), found.prefillers) == (tiny, 0 if tiny else 1)
-    assert not tiny or "fewer than 256 uncached tokens" in found.findings[0].text
+    assert not tiny or "fewer than 2048 uncached tokens" in found.findings[0].text
 
 
 def test_one_engine_is_not_divided_and_none_is_no_fleet() -> None:

@@ -18,19 +18,21 @@ from conserve_sdk.core import (
     Mode,
     Ms,
     PlacementSettings,
+    Ppm,
     PrefillerHosts,
     Role,
     SupersedeCause,
     Tokens,
     TransferGroup,
 )
-from conserve_sdk.core.prefill import append_threshold_tokens
-from tests.core.world import World, granted, spec
+from conserve_sdk.core.prefill import PrefillPlan, append_threshold_tokens, plan_prefill
+from tests.core.placing import view
+from tests.core.world import SCORE_ALONE, World, granted, spec
 
 
-def append_world(**of_decoder: Any) -> tuple[World, Lease]:
+def append_world(*, rules: PlacementSettings = SCORE_ALONE, **of_decoder: Any) -> tuple[World, Lease]:
     here = World(
-        settings=BrokerSettings(placement=replace(DEFAULT, prefiller_hosts=PrefillerHosts.NEVER)),
+        settings=BrokerSettings(placement=replace(rules, prefiller_hosts=PrefillerHosts.NEVER)),
         fleet=[spec("d0"), spec("p0", Role.PREFILLER)],
     )
     here.observe("d0", running=8)
@@ -71,6 +73,43 @@ def test_tiny_appends_stay_whatever_the_score() -> None:
     assert appended(here, lease, 2_255)[1]
 
 
+@pytest.mark.parametrize(("tokens", "rule"), [(5_999, "extra_work"), (6_000, "score")])
+def test_a_prefiller_computes_no_more_than_half_as_much_again(tokens: int, rule: str) -> None:
+    here, lease = append_world(running=500, rules=DEFAULT)
+    moved, reused = appended(here, lease, tokens)
+    assert reused is (rule == "extra_work"), "of 6000 tokens it computes all, the decoder the 4000 that are new"
+    if not reused:
+        assert (moved.receipt.prefill_rule, moved.receipt.candidates[-1].uncached_tokens) == (rule, 6_000)
+
+
+def test_of_several_prefillers_only_those_with_enough_of_the_preamble_are_weighed() -> None:
+    engines = [
+        view("d0", running=9),
+        view("p0", Role.PREFILLER),
+        view("p1", Role.PREFILLER, backlog_tokens=Tokens(900)),
+    ]
+    cached = {EngineId("d0"): Tokens(4_000), EngineId("p1"): Tokens(2_500)}
+
+    def plan(extra_work_ppm: int) -> PrefillPlan:
+        rules = replace(DEFAULT, extra_work_ppm=Ppm(extra_work_ppm))
+        return plan_prefill(
+            engines[0],
+            engines,
+            input_tokens=7_000,
+            cached=cached,
+            failed_engine_id=None,
+            settings=BrokerSettings(placement=rules),
+            now_ms=Ms(0),
+        )
+
+    chosen = plan(500_000)
+    assert chosen.prefiller is engines[2], "p0 would be ready first, but computes 7000 tokens for 3000 new ones"
+    assert (chosen.rule, [each.verdict for each in chosen.weighed]) == ("score", ["fits", "chosen"])
+    assert plan(499_999).prefiller is None
+    assert (plan(499_999).rule, plan(499_999).uncached_tokens) == ("extra_work", 3_000)
+    assert plan(0).rule == "extra_work"
+
+
 def test_an_append_on_a_decoder_that_lost_the_history_is_the_whole_prompt() -> None:
     here, lease = append_world()
     moved, _ = appended(here, lease, 3_000, cached=0)
@@ -108,7 +147,7 @@ def test_ids_are_checked_before_a_move_too() -> None:
 class TestThreshold:
     """`append_threshold_tokens`: below it no prefiller can win."""
 
-    def grant(self, *, preset: PlacementSettings = DEFAULT, running: int = 8, **prefiller: Any) -> Lease:
+    def grant(self, *, preset: PlacementSettings = SCORE_ALONE, running: int = 8, **prefiller: Any) -> Lease:
         here = World(
             settings=BrokerSettings(placement=replace(preset, prefiller_hosts=PrefillerHosts.NEVER)),
             fleet=[spec("d0"), spec("p0", Role.PREFILLER)],
@@ -125,7 +164,7 @@ class TestThreshold:
         assert self.grant(running=100).append_threshold_tokens == 256
 
     def test_a_decoder_that_is_always_faster_asks_for_nothing(self) -> None:
-        slow = self.grant(preset=replace(DEFAULT, transfer_tokens_per_s=1_000))
+        slow = self.grant(preset=replace(SCORE_ALONE, transfer_tokens_per_s=1_000))
         assert slow.append_threshold_tokens == 0
 
     @pytest.mark.parametrize(
@@ -137,13 +176,13 @@ class TestThreshold:
     def test_a_prefiller_out_of_reach_counts_for_nothing(self) -> None:
         assert self.grant(transfer_group=TransferGroup("other")).append_threshold_tokens == 0
 
-    def threshold(self, decoder: str, *, cached: int = 0, **changes: Any) -> int:
+    def threshold(self, decoder: str, *, cached: int = 0, extra_work_ppm: int = 10**9, **changes: Any) -> int:
         """Of a lease of 2000 tokens beside 8 streams, no append being too small; so many tokens are at p0 already."""
         here = World(fleet=[spec("d0"), spec("p0", Role.PREFILLER), spec("p1", Role.PREFILLER)])
         here.observe(decoder, running=8)
         here.fail("p1" if decoder == "d0" else "d0")
         here.wait(3_000)
-        rules = replace(DEFAULT, local_below_tokens=Tokens(0))
+        rules = replace(SCORE_ALONE, local_below_tokens=Tokens(0), extra_work_ppm=Ppm(extra_work_ppm))
         return append_threshold_tokens(
             replace(here.view(decoder), **changes),
             here.broker.engines(),
@@ -156,6 +195,22 @@ class TestThreshold:
     @pytest.mark.parametrize(("cached", "us"), [(0, 220_000), (1_000, 120_000), (2_000, 20_000), (3_000, 20_000)])
     def test_a_preamble_there_saves_at_most_the_context(self, cached: int, us: int) -> None:
         assert self.threshold("d0", cached=cached) == us // (340 - 105)
+
+    @pytest.mark.parametrize(
+        ("cached", "extra_work_ppm", "tokens"),
+        [(0, 500_000, 4_000), (1_000, 500_000, 2_000), (0, 300_000, 6_667), (1_999, 1, 1_000_000), (0, 0, 0)],
+    )
+    def test_what_would_be_computed_again_is_a_bound_too(self, cached: int, extra_work_ppm: int, tokens: int) -> None:
+        assert self.threshold("d0", cached=cached, extra_work_ppm=extra_work_ppm) == tokens
+
+    def test_a_prefiller_that_holds_all_of_it_computes_nothing_again(self) -> None:
+        assert self.threshold("d0", cached=2_000, extra_work_ppm=0) == 20_000 // (340 - 105)
+
+    @pytest.mark.parametrize(("tokens", "stays"), [(2_000 + 3_999, True), (2_000 + 4_000, False)])
+    def test_the_bound_is_the_same_as_when_it_is_decided(self, tokens: int, stays: bool) -> None:
+        here, lease = append_world(running=500, rules=DEFAULT)
+        assert lease.append_threshold_tokens == 4_000
+        assert appended(here, lease, tokens)[1] is stays
 
     def test_all_its_leases_may_decode_at_once_and_this_one_too(self) -> None:
         assert self.threshold("d0", running=0, leases=7) == 220_000 // (340 - 105)

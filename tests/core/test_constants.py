@@ -32,5 +32,5 @@ def stated() -> dict[str, int]:
 @pytest.mark.parametrize(("preset", "left_out"), [(DEFAULT, set()), (AFFINITY, OF_THE_SCORE)])
 def test_a_preset_has_the_constants_of_the_page(preset: PlacementSettings, left_out: set[str]) -> None:
     expected = stated()
-    assert len(expected) == 19
+    assert len(expected) == 20
     assert {name: getattr(preset, name) for name in expected} == expected | dict.fromkeys(left_out, 0)

@@ -8,7 +8,6 @@ import pytest
 
 from conserve_sdk.core import (
     AFFINITY,
-    DEFAULT,
     BrokerSettings,
     EngineId,
     Incarnation,
@@ -19,7 +18,7 @@ from conserve_sdk.core import (
     Tokens,
 )
 from conserve_sdk.core.prefixes import PREFIXES_MAX
-from tests.core.world import World, granted, spec
+from tests.core.world import SCORE_ALONE, World, granted, spec
 
 
 class TestSharedPrefix:
@@ -28,7 +27,7 @@ class TestSharedPrefix:
     KEY = PrefixKey("tools-and-system")
 
     def world(self) -> World:
-        preset = replace(DEFAULT, prefiller_hosts=PrefillerHosts.NEVER)
+        preset = replace(SCORE_ALONE, prefiller_hosts=PrefillerHosts.NEVER)
         return World(settings=BrokerSettings(placement=preset), fleet=[spec("d0"), spec("p0", Role.PREFILLER)])
 
     def learn(self, here: World, cached: int, conversation: str = "first") -> None:

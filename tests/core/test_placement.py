@@ -25,7 +25,7 @@ from conserve_sdk.core import (
 )
 from conserve_sdk.core.placement import NoPlacement
 from tests.core.placing import decoder, leased, outcome, placed, prefill, view
-from tests.core.world import World, engines, spec
+from tests.core.world import SCORE_ALONE, World, engines, spec
 
 # ---- decoder ----
 
@@ -154,7 +154,7 @@ def test_the_score_is_what_the_policy_study_says() -> None:
             view("d0", backlog_tokens=Tokens(3_000), busy=2, running=4, rate_tokens_per_s=5_000),
             view("p0", Role.PREFILLER, backlog_tokens=Tokens(500), running=9, rate_tokens_per_s=20_000),
         ],
-        preset=DEFAULT,
+        preset=SCORE_ALONE,
         tokens=2_000,
     )
     at_decoder, at_prefiller = (each.score_us for each in found.receipt.candidates)
@@ -172,18 +172,18 @@ def test_without_a_weight_nobody_is_harmed() -> None:
 
 
 def test_busy_leases_count_where_the_scrape_saw_less() -> None:
-    found = placed(score_views(busy=4, running=1), preset=DEFAULT, tokens=2_000)
+    found = placed(score_views(busy=4, running=1), preset=SCORE_ALONE, tokens=2_000)
     assert found.receipt.candidates[0].score_us == 200_000 + 240_000
 
 
 def test_streams_on_an_engine_of_both_roles_count_as_harm_there_too() -> None:
     both = view("b0", Role.BOTH, running=1, kv_leased_tokens=Tokens(5_000))
-    found = placed([view("d0", busy=9), both], preset=DEFAULT, tokens=2_000)
+    found = placed([view("d0", busy=9), both], preset=SCORE_ALONE, tokens=2_000)
     assert found.receipt.candidates[-1].score_us == 200_000 + 60_000 + 30_000
 
 
 def test_an_idle_decoder_prefills_for_itself() -> None:
-    assert prefill(score_views(), preset=DEFAULT) == (None, "score")
+    assert prefill(score_views(), preset=SCORE_ALONE) == (None, "score")
 
 
 def test_a_busy_decoder_sends_the_prefill_away() -> None:
@@ -192,8 +192,8 @@ def test_a_busy_decoder_sends_the_prefill_away() -> None:
 
 def test_a_tie_stays_on_the_decoder() -> None:
     # The decoder's backlog of 250 tokens costs 25 ms, exactly what the move of 1000 tokens costs.
-    assert prefill(score_views(backlog_tokens=Tokens(250)), preset=DEFAULT, tokens=1_000) == (None, "score")
-    assert prefill(score_views(backlog_tokens=Tokens(251)), preset=DEFAULT, tokens=1_000) == ("p0", "score")
+    assert prefill(score_views(backlog_tokens=Tokens(250)), preset=SCORE_ALONE, tokens=1_000) == (None, "score")
+    assert prefill(score_views(backlog_tokens=Tokens(251)), preset=SCORE_ALONE, tokens=1_000) == ("p0", "score")
 
 
 def test_equal_prefillers_tie_by_id() -> None:
@@ -201,7 +201,7 @@ def test_equal_prefillers_tie_by_id() -> None:
     assert prefill(views, preset=DEFAULT, tokens=8_000) == ("p0", "score")
 
 
-@pytest.mark.parametrize(("tokens", "rule"), [(255, "below_minimum"), (256, "score")])
+@pytest.mark.parametrize(("tokens", "rule"), [(2_047, "below_minimum"), (2_048, "score")])
 def test_tiny_first_turns_stay_on_the_decoder(tokens: int, rule: str) -> None:
     chosen = prefill(score_views(busy=99), preset=DEFAULT, tokens=tokens)
     assert chosen == (None if rule == "below_minimum" else "p0", rule)
@@ -217,7 +217,7 @@ def test_a_receipt_lists_the_chosen_and_the_best_others_per_role() -> None:
         *(view(f"p{index}", Role.PREFILLER, backlog_tokens=Tokens(1_000 * (9 - index))) for index in range(6)),
         view("p7", Role.PREFILLER, state=EngineState.GONE),
     ]
-    candidates = placed(views, preset=DEFAULT, tokens=1_000, hint=EngineId("d2")).receipt.candidates
+    candidates = placed(views, preset=SCORE_ALONE, tokens=1_000, hint=EngineId("d2")).receipt.candidates
     assert [(each.engine_id, each.verdict) for each in candidates] == [
         ("d2", "chosen"),
         ("d5", "fits"),

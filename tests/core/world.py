@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from conserve_sdk.core import (
+    DEFAULT,
     PAPER,
     Broker,
     BrokerSettings,
@@ -34,6 +35,7 @@ from conserve_sdk.core import (
     LineageId,
     ModelName,
     Ms,
+    Ppm,
     Recovered,
     Refused,
     RequestId,
@@ -50,6 +52,10 @@ from conserve_sdk.core import (
 M = ModelName("m")
 T = TypeVar("T")
 CAPACITY = 100_000
+
+
+SCORE_ALONE = replace(DEFAULT, local_below_tokens=Tokens(256), extra_work_ppm=Ppm(1_000_000_000))
+"""The score decides of all but tiny prompts, however much a prefiller would compute again."""
 
 
 def settings(**changes: Any) -> BrokerSettings:

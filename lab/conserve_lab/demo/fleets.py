@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 PREFILLER: Mapping[str, Any] = {"role": "prefiller", "max_num_batched_tokens": 8_192}
 DECODER: Mapping[str, Any] = {"role": "decoder", "max_num_batched_tokens": 512}
-BOTH: Mapping[str, Any] = {"role": "both", "max_num_batched_tokens": 2_048, "long_prefill_token_threshold": 512}
+BOTH: Mapping[str, Any] = {"role": "both", "max_num_batched_tokens": 768, "long_prefill_token_threshold": 384}
 """Chunk sizes by role. Engines that do both get vLLM's long-prefill threshold: affinity at its best."""
 
 PREFILLERS, DECODERS = 2, 3
