@@ -173,6 +173,7 @@ PUBLIC: dict[str, list[str]] = {
         "EngineRequest",
         "FetchStart",
         "Hold",
+        "Holds",
         "HostTier",
         "Leap",
         "Progress",
