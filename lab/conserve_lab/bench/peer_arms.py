@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 from conserve_lab.bench.router import aggregated, disaggregated, router_with
-from conserve_lab.demo.fleets import BOTH, DECODER, PREFILLER
+from conserve_lab.demo.fleets import BOTH, DECODER, FINE, PREFILLER
 from conserve_lab.emulator import FleetConfig, fleet_of
 from conserve_lab.live.doors import OpenDoor, conserve_door
 from conserve_lab.live.fleet import LiveFleet
@@ -76,10 +76,11 @@ ARMS: tuple[PeerArm, ...] = (
 
 
 def fleet_config(arm: PeerArm, *, prefillers: int, decoders: int, time_scale: float) -> FleetConfig:
-    """Return an arm's emulated engines: the same number for every arm."""
+    """Return an arm's emulated engines: the same number for every arm, with the flags that suit what it does."""
     if arm.disaggregated:
-        engines = [{"id": f"p{index}", **PREFILLER} for index in range(prefillers)]
-        engines += [{"id": f"d{index}", **DECODER} for index in range(decoders)]
+        flags = FINE if arm.preset == "default" else {}  # its prefillers host, its decoders prefill
+        engines = [{"id": f"p{index}", **PREFILLER, **flags} for index in range(prefillers)]
+        engines += [{"id": f"d{index}", **DECODER, **flags} for index in range(decoders)]
     else:
         engines = [{"id": f"b{index}", **BOTH} for index in range(prefillers + decoders)]
     return fleet_of(engines, defaults={"time_scale": time_scale, "tool_calls_min": 0, "tool_calls_max": 0})

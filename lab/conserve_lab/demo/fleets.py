@@ -18,10 +18,12 @@ from conserve_sdk.core.units import EngineId
 
 Say = Callable[[str], None]
 
+FINE: Mapping[str, Any] = {"max_num_batched_tokens": 768, "long_prefill_token_threshold": 384}
+"""What docs/placement.md recommends for the presets `default` and `affinity`."""
 PREFILLER: Mapping[str, Any] = {"role": "prefiller", "max_num_batched_tokens": 8_192}
 DECODER: Mapping[str, Any] = {"role": "decoder", "max_num_batched_tokens": 512}
-BOTH: Mapping[str, Any] = {"role": "both", "max_num_batched_tokens": 768, "long_prefill_token_threshold": 384}
-"""Chunk sizes by role. Engines that do both get vLLM's long-prefill threshold: affinity at its best."""
+BOTH: Mapping[str, Any] = {"role": "both", **FINE}
+"""Chunk sizes by role, those that serve the runs best: first turns of one size do not wait behind each other."""
 
 PREFILLERS, DECODERS = 2, 3
 _TOKENIZE_BUDGET_S = 30.0
