@@ -8,6 +8,7 @@ recovers leaves them where they are until somebody asks.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -80,7 +81,8 @@ def decode(row: str) -> Lease:
             values.append(from_json(receipt_line))
         elif isinstance(values[_RECEIPT_AT], list):
             values.append(values.pop(_RECEIPT_AT))
-        lease_id, key, epoch, mode, prefiller, decoder, activity, *rest, receipt = values
+        lease_id, key, epoch, mode, prefiller, decoder, activity, granted_at_ms, ttl_ms, *rest, receipt = values
+        expires_at_ms, ledger_tokens, hold_ms, append_threshold_tokens, *rest = rest
         return _lease(
             lease_id,
             _key(*key),
@@ -89,11 +91,23 @@ def decode(row: str) -> Lease:
             prefiller and binding_of(*prefiller),
             binding_of(*decoder),
             _ACTIVITIES[activity],
+            granted_at_ms,
+            _same(ttl_ms),
+            expires_at_ms,
+            ledger_tokens,
+            _same(hold_ms),
+            _same(append_threshold_tokens),
             *rest,
             _shelved(*receipt, ()) if len(receipt) == len(_RECEIPT) else _whole(*receipt),
         )
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"not a lease: {error!r}") from error
+
+
+@lru_cache(maxsize=4_096, typed=True)
+def _same(number: int) -> int:
+    """One object for all leases with this number: from JSON each is a new one, of 32 bytes where it is over 256."""
+    return number
 
 
 def take_down(receipt: Receipt, text: str | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conserve_broker._lease_codec import ShelvedReceipt, decode, encode, encode_candidates, take_down
 from conserve_sdk.core.lease import Activity, EngineBinding, Lease, LeaseKey, Mode
 from conserve_sdk.core.receipt import CandidateView, Receipt
-from conserve_sdk.core.units import Ms
+from conserve_sdk.core.units import LeaseId, Ms, Tokens
 
 from .journal_writer import LEASE as WRITTEN
 
@@ -95,6 +95,14 @@ def test_no_field_is_lost(lease: Lease) -> None:
     assert again == lease
     assert hash(again) == hash(lease)
     assert all(isinstance(getattr(again, field.name), type(getattr(lease, field.name))) for field in fields(lease))
+
+
+def test_numbers_that_many_leases_have_are_one_object() -> None:
+    long = replace(LEASE, ttl_ms=Ms(60_001), hold_ms=Ms(10_001), append_threshold_tokens=Tokens(4_001))
+    one, other = decode(encode(long)), decode(encode(replace(long, lease_id=LeaseId("another"))))
+    assert one.ttl_ms is other.ttl_ms
+    assert one.hold_ms is other.hold_ms
+    assert one.append_threshold_tokens is other.append_threshold_tokens
 
 
 @given(leases)
