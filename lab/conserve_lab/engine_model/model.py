@@ -24,7 +24,6 @@ class _Work:
 
     sequence: Sequence
     tokens: int
-    decode: bool
 
 
 class EngineModel:
@@ -39,14 +38,15 @@ class EngineModel:
 
     Attributes:
         counters: Totals since the start.
+        pool: The KV cache (read it; only the model writes).
         holds: Finished requests whose blocks are still held.
     """
 
     def __init__(self, config: EngineModelConfig) -> None:
         self.config = config
         self.counters = EngineCounters()
-        self._pool = BlockPool(config.kv_blocks)
-        self.holds = Holds(self._pool, self.counters)
+        self.pool = BlockPool(config.kv_blocks)
+        self.holds = Holds(self.pool, self.counters)
         self._host = HostTier(config.host_blocks)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = Waiting(by_priority=config.priority_scheduling)
@@ -74,19 +74,9 @@ class EngineModel:
         return len(self._fetching)
 
     @property
-    def pool(self) -> BlockPool:
-        """The KV cache (read it; only the model writes)."""
-        return self._pool
-
-    @property
     def kv_usage_ppm(self) -> int:
         """Referenced blocks (running, fetching and held) per million blocks."""
-        return self._pool.used * 1_000_000 // self._pool.total
-
-    @property
-    def running_ids(self) -> tuple[str, ...]:
-        """Ids of the requests in the batch."""
-        return tuple(sequence.request.request_id for sequence in self._batch.running)
+        return self.pool.used * 1_000_000 // self.pool.total
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +127,7 @@ class EngineModel:
             self._fetched.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks)
         return True
 
     def fetch_finished(self, request_id: str, *, ok: bool) -> bool:
@@ -196,10 +186,10 @@ class EngineModel:
         # Unless nobody is: then a fetched request may go on with the blocks it owns.
         quiet = self.counters.preemptions == preemptions or not plan
         fetches = self._admit(plan, budget) if quiet else []
-        decodes, prefill_tokens, pairs = len(ticking), 0, 0
-        context_tokens = sum([sequence.computed for sequence in ticking])
+        decodes, context_tokens = len(ticking), sum([sequence.computed for sequence in ticking])
+        prefill_tokens = pairs = 0
         for work in plan:
-            if work.decode:
+            if work.sequence.decoding:
                 decodes += 1
                 context_tokens += work.sequence.computed
             else:
@@ -240,7 +230,7 @@ class EngineModel:
         expiry_us = self.holds.next_expiry_us()
         until_us = until_us if expiry_us is None else min(until_us, expiry_us)
         steps = steps_within_blocks(
-            running, steps_without_end(running), free=self._pool.free, block_size=self.config.block_size
+            running, steps_without_end(running), free=self.pool.free, block_size=self.config.block_size
         )
         context = sum([sequence.computed for sequence in running])
         durations = self.config.cost.decode_steps_us(
@@ -259,7 +249,7 @@ class EngineModel:
             if full:
                 self._publish(sequence, full=(sequence.computed + step) // self.config.block_size)
             else:
-                taken = self._pool.allocate(1)
+                taken = self.pool.allocate(1)
                 assert taken is not None, "a leap takes no more blocks than are free"
                 sequence.blocks += taken
         for sequence in ordered:
@@ -282,7 +272,7 @@ class EngineModel:
         if len(decoding) < len(running):
             prefilling = [each for each in running if not each.decoding]
             needed += sum([max(config.blocks_for(each.known) - len(each.blocks), 0) for each in prefilling])
-        if needed > self._pool.free:
+        if needed > self.pool.free:
             return []
         for sequence in missing:
             self._grow(sequence, 1)
@@ -307,7 +297,7 @@ class EngineModel:
             if len(plan) < before:  # who was preempted for it gives back what it had of the budget
                 budget = self.config.max_num_batched_tokens - sum(work.tokens for work in plan)
             if has_room:
-                plan.append(_Work(sequence, tokens, sequence.decoding))
+                plan.append(_Work(sequence, tokens))
                 budget -= tokens
         return budget
 
@@ -346,7 +336,7 @@ class EngineModel:
             assert grown, "a placed or fetched request has room for its prompt"
             sequence.state = SequenceState.RUNNING
             self._batch.running.append(sequence)
-            plan.append(_Work(sequence, tokens, sequence.decoding))
+            plan.append(_Work(sequence, tokens))
             budget -= tokens
         return fetches
 
@@ -354,11 +344,11 @@ class EngineModel:
         """Reference the cached prefix of a waiting request, if everything it knows would fit."""
         size = self.config.block_size
         limit = (sequence.known - 1) // size
-        hits = self._pool.lookup(sequence.request.block_keys, most=limit)
+        hits = self.pool.lookup(sequence.request.block_keys, most=limit)
         new = self.config.blocks_for(sequence.known) - len(hits)
-        if not self._pool.affords(hits, new):
+        if not self.pool.affords(hits, new):
             return False
-        self._pool.reference(hits)
+        self.pool.reference(hits)
         if not sequence.request.pull:
             sequence.host_blocks = self._host.leading(sequence.request.block_keys, start=len(hits), end=limit)
         sequence.blocks = hits
@@ -370,23 +360,23 @@ class EngineModel:
         return True
 
     def _start_fetch(self, sequence: Sequence) -> FetchStart:
-        """Allocate the whole prompt and leave the queue until the peer's KV is here."""
-        missing = sequence.pulled - sequence.computed
-        before = len(sequence.blocks)
-        grown = self._grow(sequence, sequence.request.prompt_tokens - sequence.computed)
-        assert grown, "a placed request fits"
-        sequence.state = SequenceState.FETCHING
-        self._fetching[sequence.request.request_id] = sequence
+        """Wait for what a peer has of the prompt."""
+        missing, before = sequence.pulled - sequence.computed, len(sequence.blocks)
+        self._await_kv(sequence, up_to=sequence.request.prompt_tokens)
         return FetchStart(sequence.request.request_id, missing, len(sequence.blocks) - before)
 
     def _start_load(self, sequence: Sequence) -> FetchStart:
-        """Allocate all of the prompt and leave the queue until what the host tier has of it is here."""
+        """Wait for what the host tier has of all that is known."""
+        self._await_kv(sequence, up_to=sequence.known)
         tokens = sequence.host_blocks * self.config.block_size
-        grown = self._grow(sequence, sequence.known - sequence.computed)
+        return FetchStart(sequence.request.request_id, tokens, sequence.host_blocks, from_host=True)
+
+    def _await_kv(self, sequence: Sequence, *, up_to: int) -> None:
+        """Allocate all of it and leave the queue until the KV is here."""
+        grown = self._grow(sequence, up_to - sequence.computed)
         assert grown, "a placed request fits"
         sequence.state = SequenceState.FETCHING
         self._fetching[sequence.request.request_id] = sequence
-        return FetchStart(sequence.request.request_id, tokens, sequence.host_blocks, from_host=True)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Return how many of the sequence's pending tokens go into this step."""
@@ -399,7 +389,7 @@ class EngineModel:
         missing = self.config.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
         if missing <= 0:  # of most decodes
             return True
-        taken = self._pool.allocate(missing)
+        taken = self.pool.allocate(missing)
         if taken is None:
             return False
         sequence.blocks += taken
@@ -415,7 +405,7 @@ class EngineModel:
 
     def _reset(self, sequence: Sequence) -> None:
         """Give back everything a sequence has and let it wait to be computed from the start, locally."""
-        self._pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
         sequence.published = 0
@@ -471,7 +461,7 @@ class EngineModel:
             self.holds.add(Hold(request.request_id, blocks, end_us + self.config.kv_lease_us))
         else:
             blocks = ()
-            self._pool.release(sequence.blocks)
+            self.pool.release(sequence.blocks)
         return Progress(
             request_id=request.request_id,
             sources=sources,
@@ -489,7 +479,7 @@ class EngineModel:
         if start < end and self.config.enable_prefix_caching:
             keys = sequence.request.block_keys[start:end]
             behind = sequence.blocks[start - 1] if start else None
-            self._pool.publish(sequence.blocks[start:end], keys, behind=behind)
+            self.pool.publish(sequence.blocks[start:end], keys, behind=behind)
             if self.config.host_blocks:
                 self._host.put(keys)
         sequence.published = full
@@ -500,7 +490,7 @@ class EngineModel:
         For tests and for a simulator that checks itself while it runs.
         """
         owners: list[SequenceOf[int]] = [sequence.blocks for sequence in self._sequences.values()]
-        self._pool.check([*owners, *self.holds.blocks()])
+        self.pool.check([*owners, *self.holds.blocks()])
         assert len(self._sequences) == self.running + self.waiting
         self._batch.check()
         for sequence in self._sequences.values():
