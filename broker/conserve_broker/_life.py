@@ -56,7 +56,7 @@ _GRACEFUL_S = 5
 _KEEP_ALIVE_S = 75
 _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ASK_S = 60.0
-_GC_THRESHOLDS = (5_000, 1, 1_000_000)
+_GC_THRESHOLDS = (1_500, 1, 1_000_000)
 """Requests leave no cycles behind, so looking for them after every 700 objects was a seventh of all CPU. What is new is
 looked at twice, in small heaps: a pass over every lease of the last minute held up all grants for 200 ms. The third
 generation is never looked at; `BrokerService` freezes it."""

@@ -7,6 +7,7 @@ a callback as `EngineObserved` or `EngineUnreachable`; what that means is the co
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Scraper:
                 self._start(target)
 
     async def run(self) -> None:
-        """Poll until cancelled: each engine at once, then at its interval, spread over it at random."""
+        """Poll until cancelled: each engine at once, then once in each interval, at a random phase of its own."""
         try:
             async with asyncio.TaskGroup() as self._group:
                 for target in self._targets.values():
@@ -118,14 +119,16 @@ class Scraper:
 
     async def _watch(self, target: _Target) -> None:
         interval_s = self._settings.interval_ms / 1000
-        pause_s = random.uniform(0, interval_s)  # noqa: S311  # only the first pause: spreads the engines over the interval
         clock = asyncio.get_running_loop().time
+        due_s = clock() + random.uniform(0, interval_s)  # noqa: S311  # spreads the engines over the interval
         try:
             while True:
-                began_s = clock()
                 await self._poll(target)
-                await asyncio.sleep(max(0.0, began_s + pause_s - clock()))
-                pause_s = interval_s
+                # Whole intervals from the first due time, not one from the last poll: whatever holds all of them up at
+                # once, as the start does, would bring them together for good.
+                due_s += interval_s * max(0, math.ceil((clock() - due_s) / interval_s))
+                await asyncio.sleep(due_s - clock())
+                due_s += interval_s
         finally:
             if target in self._removed:
                 self._removed.remove(target)

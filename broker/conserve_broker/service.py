@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from conserve_broker._group_commit import GroupCommit
 from conserve_broker._lease_codec import ShelvedReceipt, take_down
 from conserve_broker.clock import BrokerClock
 from conserve_broker.journal import Change, DrainFlag, JournalError, JournalPort, collector_paused
@@ -149,8 +150,7 @@ class BrokerService:
         self._observer = observer or Observer()
         self._request_numbers = itertools.count(1)
         self._waiters: dict[RequestId, asyncio.Future[_Settled]] = {}
-        self._unsent: list[Change] = []
-        self._commit: asyncio.Future[None] | None = None
+        self._commits = GroupCommit(journal, ended=self._committed)
         self._fresh_files = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms: Ms | None = None
@@ -206,7 +206,7 @@ class BrokerService:
     async def stop(self) -> None:
         """`quiesce`, write what is queued, close the journal. Leases live on in it."""
         self.quiesce()
-        self._send()
+        self._commits.flush()
         await asyncio.to_thread(self._journal.close)
 
     async def __aenter__(self) -> Self:
@@ -221,7 +221,7 @@ class BrokerService:
         self._stopping = True
         self._cancel_timers()
         self._journal.abandon()
-        self._send()  # only to learn that it is too late
+        self._commits.flush()  # only to learn that it is too late
         if self._freeze_gc:
             gc.unfreeze()  # among replicas the process lives on without these leases
 
@@ -310,7 +310,7 @@ class BrokerService:
     def write(self, *changes: Change) -> None:
         """Have the journal keep what the core does not know of (engines that no file names)."""
         if not self._stopping:
-            self._submit(changes)
+            self._commits.submit(changes)
 
     def _carry_out(self, outcome: Outcome) -> asyncio.Future[None] | None:
         """Submit the changes, settle those who waited, arm the timer. Returns the commit that answers depend on."""
@@ -318,8 +318,8 @@ class BrokerService:
             DrainFlag(event.engine_id, event.draining) for event in outcome.events if isinstance(event, EngineDrained)
         ]
         changes = [*outcome.changes, *drains]
-        self._submit(changes)
-        commit = self._commit if self._commit is not None and not self._commit.done() else None
+        self._commits.submit(changes)
+        commit = self._commits.pending
         for request_id, reply in outcome.settled:
             future = self._waiters.pop(request_id, None)
             if future is not None and not future.done():
@@ -330,35 +330,12 @@ class BrokerService:
         granted = outcome.reply is not None and type(outcome.reply.body) is LeaseGrant
         return commit if changes or granted else None
 
-    def _submit(self, changes: Sequence[Change]) -> None:
-        """Have the changes written; whatever else this round of the loop brings goes with them."""
-        if not changes:
-            return
-        if not self._unsent:
-            loop = asyncio.get_running_loop()
-            self._commit = loop.create_future()
-            loop.call_soon(self._send)
-        self._unsent += changes
-
-    def _send(self) -> None:
-        commit, changes = self._commit, self._unsent
-        if commit is None or not changes:
-            return
-        self._unsent = []
-        started = time.perf_counter()
-
-        def done(finished: asyncio.Future[None]) -> None:
-            error = None if finished.cancelled() else finished.exception()
-            if error is not None:
-                self.log.error("journal_failed", detail=str(error))
-            elif self._journal.fresh_files != self._fresh_files:
-                self._fill_fresh_file()
-            self._observer.committed(time.perf_counter() - started)
-            if not commit.done():
-                commit.set_exception(error) if error is not None else commit.set_result(None)
-                commit.exception()  # nobody need wait for it
-
-        asyncio.wrap_future(self._journal.submit(changes)).add_done_callback(done)
+    def _committed(self, seconds: float, error: BaseException | None) -> None:
+        if error is not None:
+            self.log.error("journal_failed", detail=str(error))
+        elif self._journal.fresh_files != self._fresh_files:
+            self._fill_fresh_file()
+        self._observer.committed(seconds)
 
     def _fill_fresh_file(self) -> None:
         """The journal goes on in a file that knows nothing of what lives: write all of it."""
@@ -366,7 +343,7 @@ class BrokerService:
         leases = [LeaseStored(lease=lease, fresh=True) for lease in self.core.leases()]
         drains = [DrainFlag(view.spec.engine_id, view.draining) for view in self.core.engines()]
         self.log.warning("journal_rewritten", leases=len(leases))
-        self._submit([*leases, *drains])
+        self._commits.submit([*leases, *drains])
 
     async def _complete(self, lease_id: LeaseId) -> None:
         """Fetch the part of a recovered lease's receipt that was left in the journal."""

@@ -1,0 +1,100 @@
+"""Changes on their way from the event loop to the journal: one group per round of the loop, and how long it waits.
+
+The journal writes in a thread, which takes the interpreter's lock back after every call to SQLite. Beside a busy loop
+each time can cost a switch interval, and half a millisecond of work took 10 to 40. So the loop stands still for a
+group while the disk is fast, and goes on without it where the disk is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from conserve_broker.journal import Change, JournalPort
+
+__all__ = ["HOLD_S", "GroupCommit"]
+
+HOLD_S = 0.01
+"""The loop never stands still for longer; a checkpoint takes about half of it."""
+FAST_S = 0.001
+"""Where groups usually take longer, the thread loses less to a busy loop than the loop to a slow disk."""
+APART_S = 1.0
+"""How long the loop then goes on without waiting, before it tries again."""
+_WEIGHT = 1 / 16
+
+
+class GroupCommit:
+    """Collects changes and has them written. Everything here runs on the event loop.
+
+    Args:
+        journal: writes them.
+        ended: hears of each group how many seconds it took and why it failed, before anybody who waits for it goes on.
+        clock: seconds, never going backwards.
+    """
+
+    def __init__(
+        self,
+        journal: JournalPort,
+        *,
+        ended: Callable[[float, BaseException | None], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._journal = journal
+        self._ended = ended
+        self._clock = clock
+        self._unsent: list[Change] = []
+        self._commit: asyncio.Future[None] | None = None
+        self._usual_s = 0.0
+        self._apart_until_s = clock()
+
+    @property
+    def pending(self) -> asyncio.Future[None] | None:
+        """What is not durable yet is when this has ended; None: all of it is. Groups end in order."""
+        return self._commit if self._commit is not None and not self._commit.done() else None
+
+    def submit(self, changes: Sequence[Change]) -> None:
+        """Have the changes written; whatever else this round of the loop brings goes with them."""
+        if not changes:
+            return
+        if not self._unsent:
+            loop = asyncio.get_running_loop()
+            self._commit = loop.create_future()
+            loop.call_soon(self.flush)
+        self._unsent += changes
+
+    def flush(self) -> None:
+        """Hand over what was collected."""
+        commit, changes = self._commit, self._unsent
+        if commit is None or not changes:
+            return
+        self._unsent = []
+        began_s = self._clock()
+
+        def done(written: Future[None]) -> None:
+            error = written.exception()
+            self._ended(self._clock() - began_s, error)
+            if not commit.done():
+                commit.set_exception(error) if error is not None else commit.set_result(None)
+                commit.exception()  # nobody need wait for it
+
+        written = self._journal.submit(changes)
+        if self._wait(written, began_s):
+            done(written)
+        else:
+            loop = asyncio.get_running_loop()
+            written.add_done_callback(lambda _: loop.call_soon_threadsafe(done, written))
+
+    def _wait(self, written: Future[None], began_s: float) -> bool:
+        """Whether it ended while the loop stood still for it."""
+        if written.done() or began_s < self._apart_until_s:
+            return written.done()
+        with contextlib.suppress(TimeoutError):
+            written.exception(timeout=HOLD_S)
+        now_s = self._clock()
+        self._usual_s += (now_s - began_s - self._usual_s) * _WEIGHT
+        if self._usual_s > FAST_S:
+            self._usual_s, self._apart_until_s = 0.0, now_s + APART_S
+        return written.done()
