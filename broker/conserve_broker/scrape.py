@@ -25,7 +25,7 @@ from conserve_broker.metrics_page import EngineMetrics
 from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.units import EngineId, Incarnation, ModelName, Ms, Tokens
 
-__all__ = ["Scraper"]
+__all__ = ["Scraper", "next_due_s"]
 
 Emit = Callable[[EngineObserved | EngineUnreachable], None]
 
@@ -124,9 +124,7 @@ class Scraper:
         try:
             while True:
                 await self._poll(target)
-                # Whole intervals from the first due time, not one from the last poll: whatever holds all of them up at
-                # once, as the start does, would bring them together for good.
-                due_s += interval_s * max(0, math.ceil((clock() - due_s) / interval_s))
+                due_s = next_due_s(due_s, now_s=clock(), interval_s=interval_s)
                 await asyncio.sleep(due_s - clock())
                 due_s += interval_s
         finally:
@@ -165,6 +163,15 @@ class Scraper:
             target.models = await _engine_http.get_models(transport, url, door)
             target.models_at_ms, target.models_of = self._now_ms(), incarnation
         return target.observed(metrics, incarnation, self._now_ms())
+
+
+def next_due_s(due_s: float, *, now_s: float, interval_s: float) -> float:
+    """When an engine is polled next: at its due time, or the first one after it that has not passed.
+
+    Whole intervals lie between them, whenever the last poll was: an interval from there would bring all engines together
+    for good, once something (the start does) has held all of them up.
+    """
+    return due_s + interval_s * max(0, math.ceil((now_s - due_s) / interval_s))
 
 
 class _Target:

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from conserve_broker import _engine_http
-from conserve_broker.scrape import Scraper
+from conserve_broker.scrape import Scraper, next_due_s
 from conserve_broker.settings import ScrapeTable
 from conserve_sdk.core.events import EngineObserved, EngineSpec, EngineUnreachable
 from conserve_sdk.core.vocabulary import Role
@@ -299,3 +299,8 @@ class TestRunning:
             with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="the core has a bug")):
                 async with asyncio.timeout(BUDGET_S):
                     await scrape.run()
+
+
+@pytest.mark.parametrize(("now_s", "due_s"), [(9.0, 10.25), (10.25, 10.25), (10.26, 10.75), (12.8, 13.25)])
+def test_engines_keep_their_distance_whatever_held_them_up(now_s: float, due_s: float) -> None:
+    assert next_due_s(10.25, now_s=now_s, interval_s=0.5) == due_s
