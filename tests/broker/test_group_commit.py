@@ -12,6 +12,9 @@ from conserve_broker.journal import DrainFlag, JournalError, MemoryJournal
 from conserve_sdk.core import EngineId
 
 
+BUDGET_S = 30.0
+
+
 class Disk(MemoryJournal):
     """Takes as long as it is told to, on a clock that only its writes move; longer than the loop waits: until `finish`."""
 
@@ -82,7 +85,7 @@ async def write(commits: GroupCommit, disk: Disk, *, takes_s: float) -> bool:
 
 async def test_changes_of_one_round_go_together_and_the_loop_waits_for_a_fast_disk() -> None:
     disk, ends = Disk(takes_s=FAST_S / 2), Ends()
-    commits = GroupCommit(disk, ended=ends, clock=disk.clock)
+    commits = GroupCommit(disk, ended=ends, clock=disk.clock, spacing_s=0)
     commits.submit([flag("d0")])
     commits.submit([flag("d1"), flag("d2")])
     commit = commits.pending
@@ -95,9 +98,38 @@ async def test_changes_of_one_round_go_together_and_the_loop_waits_for_a_fast_di
     assert ends.seen == [(FAST_S / 2, "")]
 
 
+async def test_groups_that_follow_each_other_keep_a_distance() -> None:
+    disk, ends = Disk(), Ends()
+    commits = GroupCommit(disk, ended=ends, clock=disk.clock, spacing_s=3_600)
+    commits.submit([flag("alone")])
+    await a_round()
+    commits.submit([flag("d1")])
+    await a_round()
+    commits.submit([flag("d2")])
+    await a_round()
+    assert disk.groups == [[flag("alone")]], "the next group is not due for an hour"
+    commits.flush()
+    disk.now_s += 3_600
+    commits.submit([flag("d3")])
+    await a_round()
+    assert disk.groups == [[flag("alone")], [flag("d1"), flag("d2")], [flag("d3")]]
+
+
+async def test_a_group_is_handed_over_when_it_is_due() -> None:
+    disk = Disk()
+    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock, spacing_s=0.01)
+    for name in ("d1", "d2"):
+        commits.submit([flag(name)])
+        commit = commits.pending
+        assert commit is not None
+        async with asyncio.timeout(BUDGET_S):
+            await commit
+    assert disk.groups == [[flag("d1")], [flag("d2")]]
+
+
 async def test_the_loop_goes_on_when_one_group_takes_too_long() -> None:
     disk, ends = Disk(takes_s=HOLD_S * 3), Ends()
-    commits = GroupCommit(disk, ended=ends, clock=disk.clock)
+    commits = GroupCommit(disk, ended=ends, clock=disk.clock, spacing_s=0)
     commits.submit([flag("slow")])
     await a_round()
     slow = commits.pending
@@ -116,7 +148,7 @@ async def test_the_loop_goes_on_when_one_group_takes_too_long() -> None:
 
 async def test_a_slow_disk_is_left_to_itself_and_tried_again_later() -> None:
     disk = Disk()
-    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock)
+    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock, spacing_s=0)
     stood_still = [await write(commits, disk, takes_s=HOLD_S * 3) for _ in range(10)]
     held = stood_still.count(True)
     assert stood_still == [True] * held + [False] * (10 - held), "once it is known to be slow, nobody waits"
@@ -128,7 +160,7 @@ async def test_a_slow_disk_is_left_to_itself_and_tried_again_later() -> None:
 
 async def test_one_slow_group_among_fast_ones_changes_nothing() -> None:
     disk = Disk()
-    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock)
+    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock, spacing_s=0)
     for _ in range(5):
         assert await write(commits, disk, takes_s=HOLD_S / 2)
         assert all([await write(commits, disk, takes_s=FAST_S / 4) for _ in range(100)])
@@ -141,7 +173,7 @@ async def test_who_waits_learns_that_a_group_failed(takes_s: float) -> None:
             super().finish(error or JournalError("journal: disk full"))
 
     disk, ends = Failing(takes_s), Ends()
-    commits = GroupCommit(disk, ended=ends, clock=disk.clock)
+    commits = GroupCommit(disk, ended=ends, clock=disk.clock, spacing_s=0)
     commits.submit([flag("d0")])
     commit = commits.pending
     assert commit is not None
@@ -154,7 +186,7 @@ async def test_who_waits_learns_that_a_group_failed(takes_s: float) -> None:
 
 async def test_nothing_to_write_is_nothing_to_wait_for() -> None:
     disk = Disk()
-    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock)
+    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock, spacing_s=0)
     commits.submit([])
     commits.flush()
     await a_round()
