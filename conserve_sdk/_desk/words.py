@@ -18,7 +18,6 @@ _DECODER = {
 _HERE = {
     "score": "there it was expected to be ready first",
     "below_minimum": "it is too short for a move to pay",
-    "extra_work": "any prefiller would compute too much of it again",
     "never": "the preset moves nothing",
     "hosted_on_prefiller": "the engine is a prefiller that hosts",
     "cannot_move": "its KV could not be moved here",
@@ -46,6 +45,7 @@ _VERDICTS = {
     "oversubscribed": "promised to too many leases",
     "no_common_transfer_group": "in another transfer group",
     "block_size_differs": "of another block size",
+    "extra_work": "bound to compute too much of it again",
 }
 
 

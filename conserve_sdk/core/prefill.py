@@ -107,9 +107,16 @@ def plan_prefill(
     elif own < rules.local_below_tokens:
         plan.rule = "below_minimum"
     else:
+        most_tokens = own + own * rules.extra_work_ppm // MILLION
         for candidate in usable:
             candidate.uncached_tokens = _uncached(candidate.view, input_tokens, cached)
-        _choose_lowest_score(plan, decoder, usable, rules)
+            if candidate.uncached_tokens > most_tokens:
+                candidate.verdict = "extra_work"
+        frugal = [candidate for candidate in usable if candidate.verdict == "fits"]
+        if frugal:
+            _choose_lowest_score(plan, decoder, frugal, rules)
+        else:
+            plan.rule = _why_none(weighed)
     return plan
 
 
@@ -170,7 +177,7 @@ def _break_even_tokens(
 def _frugal_tokens(context_tokens: int, rules: PlacementSettings) -> int | None:
     """The least append beside which the context that a prefiller computes again is little enough; None: there is none.
 
-    The smallest a with ``a * EXTRA // 10^6 >= context``, as `_choose_lowest_score` rounds it.
+    The smallest a with ``a * EXTRA // 10^6 >= context``, as `plan_prefill` rounds it.
     """
     if not context_tokens:
         return 0
@@ -228,11 +235,6 @@ def _choose_lowest_score(
         candidate.score_us = score_us(
             candidate.view, uncached_tokens=candidate.uncached_tokens, moved_tokens=own, rules=rules
         )
-    most_tokens = own + own * rules.extra_work_ppm // MILLION
-    frugal = [candidate for candidate in usable if candidate.uncached_tokens <= most_tokens]
-    if not frugal:
-        plan.rule = "extra_work"
-        return
-    best = min(frugal, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
+    best = min(usable, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
     if best.score_us < plan.decoder_score_us:
         _choose(plan, best, rule="score", uncached_tokens=best.uncached_tokens)

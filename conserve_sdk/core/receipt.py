@@ -53,9 +53,9 @@ class Receipt:
         rule: the rule that fired for the decoder: ``"most_free_kv"``, ``"hint"``, ``"parent"``, ``"append"`` (it
             stays), ``"re_lease_draining"``, ``"re_lease_load"``, or the refusal's reason.
         prefill_rule: the rule that fired for the prefill engine: ``"score"``, ``"always_prefiller"``,
-            ``"below_minimum"``, ``"extra_work"`` (a prefiller would compute too much again), ``"never"``,
-            ``"hosted_on_prefiller"``, ``"old_decoder"`` (a re-lease moves the KV from there), ``"cannot_move"``,
-            ``"no_prefiller"``, the verdict all prefillers share (``"no_common_transfer_group"``, ``"suspect"``, ...) or
+            ``"below_minimum"``, ``"never"``, ``"hosted_on_prefiller"``, ``"old_decoder"`` (a re-lease moves the KV from
+            there), ``"cannot_move"``, ``"no_prefiller"``, the verdict all prefillers share
+            (``"no_common_transfer_group"``, ``"suspect"``, ``"extra_work"``: it would compute too much again, ...) or
             ``"no_usable_prefiller"``; empty in a refusal.
         need_tokens: tokens that were to be admitted.
         waited_ms: time spent in the queue.

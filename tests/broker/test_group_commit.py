@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conserve_broker._group_commit import APART_S, FAST_S, HOLD_S, GroupCommit
+from conserve_broker._group_commit import APART_S, DUTY, FAST_S, HOLD_S, SPACING_S, GroupCommit
 from conserve_broker.journal import DrainFlag, JournalError, MemoryJournal
 from conserve_sdk.core import EngineId
 
@@ -76,7 +76,7 @@ async def write(commits: GroupCommit, disk: Disk, *, takes_s: float) -> bool:
     """One group that takes so long; whether the loop stood still for it."""
     disk.takes_s, before = takes_s, len(disk.waits_s)
     commits.submit([flag("d0")])
-    await a_round()
+    commits.flush()
     disk.finish()
     await a_round()
     assert commits.pending is None
@@ -115,6 +115,17 @@ async def test_groups_that_follow_each_other_keep_a_distance() -> None:
     assert disk.groups == [[flag("alone")], [flag("d1"), flag("d2")], [flag("d3")]]
 
 
+async def test_the_distance_grows_with_the_time_that_a_group_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, later_s = Disk(), []
+    commits = GroupCommit(disk, ended=Ends(), clock=disk.clock)
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda delay_s, _: later_s.append(delay_s))
+    for _ in range(200):
+        await write(commits, disk, takes_s=FAST_S * 0.9)
+    commits.submit([flag("next")])
+    assert later_s[1] == pytest.approx(SPACING_S), "after one group nobody knows what is usual"
+    assert later_s[-1] == pytest.approx(DUTY * FAST_S * 0.9, rel=0.01)
+
+
 async def test_a_group_is_handed_over_when_it_is_due() -> None:
     disk = Disk()
     commits = GroupCommit(disk, ended=Ends(), clock=disk.clock, spacing_s=0.01)
@@ -136,7 +147,7 @@ async def test_the_loop_goes_on_when_one_group_takes_too_long() -> None:
     assert slow is not None
     assert (disk.waits_s, ends.seen) == ([HOLD_S], [])
     commits.submit([flag("next")])
-    await a_round()
+    commits.flush()
     last = commits.pending
     assert last is not None
     disk.finish()

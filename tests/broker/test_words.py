@@ -89,7 +89,6 @@ def test_the_rules_of_the_receipt_have_words() -> None:
     here = {
         "score",
         "below_minimum",
-        "extra_work",
         "never",
         "hosted_on_prefiller",
         "cannot_move",
@@ -97,6 +96,7 @@ def test_the_rules_of_the_receipt_have_words() -> None:
         "no_usable_prefiller",
     }
     assert here <= set(_HERE)
+    assert {"extra_work", "no_common_transfer_group", "suspect"} <= set(_VERDICTS)
     assert set(_THERE) == {"score", "always_prefiller", "old_decoder"}
 
 

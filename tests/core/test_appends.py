@@ -104,7 +104,7 @@ def test_of_several_prefillers_only_those_with_enough_of_the_preamble_are_weighe
 
     chosen = plan(500_000)
     assert chosen.prefiller is engines[2], "p0 would be ready first, but computes 7000 tokens for 3000 new ones"
-    assert (chosen.rule, [each.verdict for each in chosen.weighed]) == ("score", ["fits", "chosen"])
+    assert (chosen.rule, [each.verdict for each in chosen.weighed]) == ("score", ["extra_work", "chosen"])
     assert plan(499_999).prefiller is None
     assert (plan(499_999).rule, plan(499_999).uncached_tokens) == ("extra_work", 3_000)
     assert plan(0).rule == "extra_work"
