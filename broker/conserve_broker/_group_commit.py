@@ -26,8 +26,8 @@ APART_S = 1.0
 """How long the loop then goes on without waiting, before it tries again."""
 SPACING_S = 0.002
 """From the end of a group to the beginning of the next, at least."""
-DUTY = 8
-"""And so many times as long as a group usually takes: the loop stands still for a ninth of its time at most."""
+DUTY = 2
+"""And so many times as long as a group usually takes: the loop stands still for a third of its time at most."""
 _WEIGHT = 1 / 16
 
 

@@ -168,8 +168,8 @@ class Scraper:
 def next_due_s(due_s: float, *, now_s: float, interval_s: float) -> float:
     """When an engine is polled next: at its due time, or the first one after it that has not passed.
 
-    Whole intervals lie between them, whenever the last poll was: an interval from there would bring all engines together
-    for good, once something (the start does) has held all of them up.
+    Whole intervals lie between them, whenever the last poll was: an interval from there would bring all engines
+    together for good, once something (the start does) has held all of them up.
     """
     return due_s + interval_s * max(0, math.ceil((now_s - due_s) / interval_s))
 

@@ -107,16 +107,9 @@ def plan_prefill(
     elif own < rules.local_below_tokens:
         plan.rule = "below_minimum"
     else:
-        most_tokens = own + own * rules.extra_work_ppm // MILLION
         for candidate in usable:
             candidate.uncached_tokens = _uncached(candidate.view, input_tokens, cached)
-            if candidate.uncached_tokens > most_tokens:
-                candidate.verdict = "extra_work"
-        frugal = [candidate for candidate in usable if candidate.verdict == "fits"]
-        if frugal:
-            _choose_lowest_score(plan, decoder, frugal, rules)
-        else:
-            plan.rule = _why_none(weighed)
+        _choose_lowest_score(plan, decoder, usable, rules)
     return plan
 
 
@@ -177,7 +170,7 @@ def _break_even_tokens(
 def _frugal_tokens(context_tokens: int, rules: PlacementSettings) -> int | None:
     """The least append beside which the context that a prefiller computes again is little enough; None: there is none.
 
-    The smallest a with ``a * EXTRA // 10^6 >= context``, as `plan_prefill` rounds it.
+    The smallest a with ``a * EXTRA // 10^6 >= context``, as `_choose_lowest_score` rounds it.
     """
     if not context_tokens:
         return 0
@@ -227,14 +220,22 @@ def _choose(plan: PrefillPlan, chosen: Weighed, *, rule: str, uncached_tokens: i
 def _choose_lowest_score(
     plan: PrefillPlan, decoder: EngineView, usable: Sequence[Weighed], rules: PlacementSettings
 ) -> None:
-    """The lowest score wins; ties stay on the decoder, then go to the lower id."""
-    plan.rule = "score"
+    """The lowest score wins, of those that compute little enough; ties stay on the decoder, then go to the lower id."""
     own = plan.decoder_uncached_tokens = plan.uncached_tokens
-    plan.decoder_score_us = score_us(decoder, uncached_tokens=own, moved_tokens=None, rules=rules)
+    most_tokens = own + own * rules.extra_work_ppm // MILLION
     for candidate in usable:
+        if candidate.uncached_tokens > most_tokens:
+            candidate.verdict = "extra_work"
+    frugal = [candidate for candidate in usable if candidate.verdict == "fits"]
+    if not frugal:
+        plan.rule = _why_none(plan.weighed)
+        return
+    plan.rule = "score"
+    plan.decoder_score_us = score_us(decoder, uncached_tokens=own, moved_tokens=None, rules=rules)
+    for candidate in frugal:
         candidate.score_us = score_us(
             candidate.view, uncached_tokens=candidate.uncached_tokens, moved_tokens=own, rules=rules
         )
-    best = min(usable, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
+    best = min(frugal, key=lambda candidate: (candidate.score_us, candidate.view.spec.engine_id))
     if best.score_us < plan.decoder_score_us:
         _choose(plan, best, rule="score", uncached_tokens=best.uncached_tokens)

@@ -11,12 +11,11 @@ from conserve_broker._group_commit import APART_S, DUTY, FAST_S, HOLD_S, SPACING
 from conserve_broker.journal import DrainFlag, JournalError, MemoryJournal
 from conserve_sdk.core import EngineId
 
-
 BUDGET_S = 30.0
 
 
 class Disk(MemoryJournal):
-    """Takes as long as it is told to, on a clock that only its writes move; longer than the loop waits: until `finish`."""
+    """Takes as long as it is told to, on a clock that only its writes move; too long ones end with `finish`."""
 
     def __init__(self, takes_s: float = 0.0) -> None:
         super().__init__()

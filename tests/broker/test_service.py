@@ -52,6 +52,7 @@ class HeldJournal(MemoryJournal):
         self.hold = False
         self.failure = ""
         self.held: list[tuple[Sequence[Any], Future[None]]] = []
+        self.holds = asyncio.Event()
 
     def submit(self, changes: Sequence[Any]) -> Future[None]:
         if not self.hold and not self.failure:
@@ -62,6 +63,7 @@ class HeldJournal(MemoryJournal):
             done.set_exception(JournalError(self.failure))
         else:
             self.held.append((changes, done))
+            self.holds.set()
         return done
 
     def commit(self) -> None:
@@ -227,8 +229,7 @@ async def test_a_reused_lease_that_never_got_durable_is_not_answered_either(
     await settle()
     again = asyncio.create_task(ask(service, "c"))
     async with asyncio.timeout(BUDGET_S):
-        while not journal.held:
-            await asyncio.sleep(0.001)
+        await journal.holds.wait()
     [(_, commit)] = journal.held
     commit.set_exception(JournalError("journal: disk full"))
     assert [code(await first), code(await again)] == ["journal_failed"] * 2
