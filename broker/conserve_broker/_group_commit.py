@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 from conserve_broker.journal import Change, JournalPort
 
-__all__ = ["HOLD_S", "GroupCommit"]
+__all__ = ["GroupCommit"]
 
 HOLD_S = 0.01
 """The loop never stands still for longer; a checkpoint takes a third of it."""
@@ -92,23 +92,20 @@ class GroupCommit:
                 commit.set_exception(error) if error is not None else commit.set_result(None)
                 commit.exception()  # nobody need wait for it
 
+        loop = asyncio.get_running_loop()
         written = self._journal.submit(changes)
-        stood_still = self._wait(written, began_s)
+        self._wait(written, began_s)
         self._next_s = self._clock() + max(self._spacing_s, DUTY * self._usual_s)
-        if stood_still:
-            done(written)
-        else:
-            loop = asyncio.get_running_loop()
-            written.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(done, written))
+        # One way for all, so that they end in order: one before may have ended this instant, without having been heard.
+        written.add_done_callback(lambda _: None if loop.is_closed() else loop.call_soon_threadsafe(done, written))
 
-    def _wait(self, written: Future[None], began_s: float) -> bool:
-        """Whether it ended while the loop stood still for it."""
+    def _wait(self, written: Future[None], began_s: float) -> None:
+        """Let the loop stand still for it, unless groups take too long for that."""
         if written.done() or began_s < self._apart_until_s:
-            return written.done()
+            return
         with contextlib.suppress(TimeoutError):
             written.exception(timeout=HOLD_S)
         now_s = self._clock()
         self._usual_s += (now_s - began_s - self._usual_s) * _WEIGHT
         if self._usual_s > FAST_S:
             self._usual_s, self._apart_until_s = 0.0, now_s + APART_S
-        return written.done()

@@ -67,8 +67,9 @@ class Ends:
 
 
 async def a_round() -> None:
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    """Long enough for a group to be handed over and to be heard of."""
+    for _ in range(4):
+        await asyncio.sleep(0)
 
 
 async def write(commits: GroupCommit, disk: Disk, *, takes_s: float) -> bool:
@@ -154,6 +155,21 @@ async def test_the_loop_goes_on_when_one_group_takes_too_long() -> None:
     assert slow.done()
     assert last.done()
     assert [error for _, error in ends.seen] == ["", ""]
+
+
+async def test_groups_end_in_order_even_when_the_loop_waits_for_the_later_one() -> None:
+    disk, ends = Disk(takes_s=HOLD_S * 3), Ends()
+    commits = GroupCommit(disk, ended=ends, clock=disk.clock, spacing_s=0)
+    commits.submit([flag("slow")])
+    commits.flush()
+    [slow] = disk.writing
+    disk.takes_s = FAST_S / 2
+    commits.submit([flag("fast")])
+    disk.writing.clear()
+    slow.set_exception(JournalError("journal: disk full"))
+    commits.flush()
+    await a_round()
+    assert [error for _, error in ends.seen] == ["journal: disk full", ""]
 
 
 async def test_a_slow_disk_is_left_to_itself_and_tried_again_later() -> None:
